@@ -1,0 +1,273 @@
+"""A scan: voxels that know where they are, what their numbers mean and what they came from."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import numpy as np
+from jaxtyping import Bool, Float, Shaped
+
+from medgen.errors import DataError
+from medgen.grid import Grid
+
+# Two lattices coincide when no voxel centre is further off than this part of a voxel.
+_LATTICE_TOLERANCE = 1e-3
+
+
+@dataclass(frozen=True)
+class Scale:
+    """What the stored numbers mean: physical = slope * stored + intercept, in `unit`.
+
+    DICOM's Modality LUT and NIfTI's scl fields are exactly this; normalising a scan edits its Scale
+    instead of forgetting it. `clip` records the physical range that values were cut to, if any.
+
+    >>> Scale(2.0, -1024.0, "HU").physical(np.array([0, 512])).tolist()
+    [-1024.0, 0.0]
+    """
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    unit: str = ""
+    clip: tuple[float, float] | None = None
+
+    def __post_init__(self) -> None:
+        if not np.isfinite([self.slope, self.intercept]).all() or self.slope == 0:
+            raise DataError(f"A scale needs a finite slope other than 0; found {self.slope}, {self.intercept}.")
+
+    def physical(self, stored: np.ndarray) -> np.ndarray:
+        """Physical values of stored ones, float32 (float64 stays)."""
+        kind = np.float64 if stored.dtype == np.float64 else np.float32
+        return stored.astype(kind) * kind(self.slope) + kind(self.intercept)
+
+    def stored(self, physical: np.ndarray | float) -> np.ndarray:
+        """Stored values of physical ones, not rounded."""
+        return (np.asarray(physical) - self.intercept) / self.slope
+
+    def normalised(self, low: float, high: float) -> "Scale":
+        """The Scale after stored values were mapped by (stored - low) / (high - low)."""
+        return replace(self, slope=self.slope * (high - low), intercept=self.slope * low + self.intercept)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What is known of a scan besides place and scale; nothing here identifies a person.
+
+    Args:
+        modality: DICOM's two-letter code ('MR', 'CT', 'DX', 'OT', ...), '' where unknown.
+        body_part: such as 'BRAIN' or 'CHEST', '' where unknown.
+        space: NIfTI xform code: 0 unknown, 1 scanner, 2 aligned, 3 Talairach, 4 MNI.
+        photometric: 'MONOCHROME1' (stored small is bright), 'MONOCHROME2' or 'RGB'.
+        synthetic: the content, or part of it, was made artificially.
+        lossy: the pixels have been through lossy compression at some time.
+        padding: the stored value that fills pixels nobody measured; they are not in `Scan.valid`.
+        channels: a name for each channel, empty where there is nothing to tell.
+    """
+
+    modality: str = ""
+    body_part: str = ""
+    space: int = 1
+    photometric: str = "MONOCHROME2"
+    synthetic: bool = False
+    lossy: bool = False
+    padding: float | None = None
+    channels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, eq=False)
+class Scan:
+    """Voxels on a Grid, with a Scale and a Header; immutable.
+
+    Args:
+        voxels: stored values (c, i, j, k); a view in any memory order.
+        grid: where they are; its shape equals the last three axes.
+        scale: what the numbers mean.
+        header: modality and the like.
+        is_label: values are names of regions, so they move by nearest neighbour, always.
+        valid: (i, j, k), False where nothing was measured (DICOM padding); None: all was.
+
+    Raises:
+        DataError: the shapes contradict each other.
+
+    >>> grid = Grid((2, 2, 2), np.eye(4))
+    >>> scan = Scan(np.arange(8.0, dtype=np.float32).reshape(1, 2, 2, 2), grid)
+    >>> flipped = scan.onto(grid.flip(0), outside=0)
+    >>> bool((flipped.onto(grid, outside=0).voxels == scan.voxels).all())
+    True
+    """
+
+    voxels: Shaped[np.ndarray, "c i j k"]
+    grid: Grid
+    scale: Scale = field(default_factory=Scale)
+    header: Header = field(default_factory=Header)
+    is_label: bool = False
+    valid: Bool[np.ndarray, "i j k"] | None = None
+
+    def __post_init__(self) -> None:
+        if self.voxels.ndim != 4 or self.voxels.shape[1:] != self.grid.shape or self.voxels.shape[0] < 1:
+            raise DataError(f"Voxels (c, i, j, k) must fit the grid {self.grid.shape}; found {self.voxels.shape}.")
+        if self.valid is not None and self.valid.shape != self.grid.shape:
+            raise DataError(f"The valid mask {self.valid.shape} must have the grid's shape {self.grid.shape}.")
+        for name in ("voxels", "valid"):
+            if (held := getattr(self, name)) is not None:
+                frozen = held.view()
+                frozen.setflags(write=False)
+                object.__setattr__(self, name, frozen)
+
+    @property
+    def channels(self) -> int:
+        """How many values each voxel has."""
+        return self.voxels.shape[0]
+
+    @property
+    def is_planar(self) -> bool:
+        """Whether this is one image rather than a volume."""
+        return self.grid.shape[2] == 1
+
+    def physical(self) -> Float[np.ndarray, "c i j k"]:
+        """Values in `scale.unit`, NaN where nothing was measured."""
+        values = self.scale.physical(self.voxels)
+        if self.valid is not None:
+            values[:, ~self.valid] = np.nan
+        return values
+
+    def with_voxels(self, voxels: np.ndarray, *, scale: Scale | None = None) -> "Scan":
+        """The same place and header with other stored values."""
+        return replace(self, voxels=voxels, scale=scale or self.scale)
+
+    def with_header(self, **changes: object) -> "Scan":
+        """The same scan with some header fields changed."""
+        return replace(self, header=replace(self.header, **changes))
+
+    def onto(self, grid: Grid, *, outside: float) -> "Scan":
+        """This scan on another grid: an exact copy where the lattices coincide, else one interpolation.
+
+        Linear for images (after a Gaussian low-pass along every axis that gets coarser, with the
+        width that turns the old voxel profile into the new one: Cardoso et al. 2015, "Scale
+        factor point spread function matching"), nearest neighbour for labels. Voxels that were not
+        measured do not take part.
+
+        Args:
+            grid: where the voxels shall be.
+            outside: physical value beyond the field of view (CT -1024; maps NaN).
+        """
+        matrix = self.grid.index_of(grid)
+        if self.grid == grid:
+            return self
+        if (lattice := _coinciding(matrix, grid.shape)) is not None:
+            return self._copied(grid, lattice, outside)
+        return self._interpolated(grid, matrix, outside)
+
+    def _copied(self, grid: Grid, lattice: np.ndarray, outside: float) -> "Scan":
+        order = [int(np.flatnonzero(lattice[:3, axis])[0]) for axis in range(3)]
+        signs = [int(lattice[order[axis], axis]) for axis in range(3)]
+        starts = [int(lattice[order[axis], 3]) for axis in range(3)]
+        take, put = [slice(None)] * 3, [slice(None)] * 3
+        for axis, (old, sign, start) in enumerate(zip(order, signs, starts, strict=True)):
+            take[old], put[axis] = _overlap(start, sign, self.grid.shape[old], grid.shape[axis])
+
+        def move(values: np.ndarray, fill: float) -> np.ndarray:
+            # The source block is cut in source axes, then its axes are put in the new order.
+            block = values[(..., *take)].transpose(*range(values.ndim - 3), *[values.ndim - 3 + o for o in order])
+            block = block[(..., *[slice(None, None, sign) for sign in signs])]
+            if block.shape[-3:] == grid.shape:
+                return block
+            out = np.full(values.shape[:-3] + grid.shape, fill, dtype=values.dtype)
+            out[(..., *put)] = block
+            return out
+
+        fill = float(self.scale.stored(outside))
+        voxels = self.voxels if _holds(self.voxels.dtype, fill) else self.voxels.astype(np.float32)
+        valid = None if self.valid is None else move(self.valid, True)
+        return replace(self, voxels=move(voxels, fill), grid=grid, valid=valid)
+
+    def _interpolated(self, grid: Grid, matrix: np.ndarray, outside: float) -> "Scan":
+        fill = float(self.scale.stored(outside))
+        if self.is_label:
+            dtype = self.voxels.dtype if _holds(self.voxels.dtype, fill) else np.dtype(np.float32)
+            moved = [_resample(channel.astype(dtype), matrix, grid.shape, fill, "nearest") for channel in self.voxels]
+            return replace(self, voxels=np.stack(moved), grid=grid, valid=None)
+        sigma = _antialias_sigma(matrix, self.grid.shape)
+        known = np.isfinite(self.voxels).all(axis=0)
+        if self.valid is not None:
+            known &= self.valid
+        voxels = self.voxels.astype(np.float32, copy=False)
+        if known.all():
+            moved = [_resample(_smooth(channel, sigma), matrix, grid.shape, fill, "linear") for channel in voxels]
+            return replace(self, voxels=np.stack(moved), grid=grid, valid=None)
+        # Normalised convolution: unmeasured voxels have weight 0 instead of a made-up value.
+        weight = _resample(_smooth(known.astype(np.float32), sigma), matrix, grid.shape, 0.0, "linear")
+        inside = _resample(np.ones(self.grid.shape, np.float32), matrix, grid.shape, 0.0, "nearest") > 0
+        seen = weight > 0.5
+        moved = []
+        for channel in voxels:
+            summed = _resample(_smooth(np.where(known, channel, 0), sigma), matrix, grid.shape, 0.0, "linear")
+            moved.append(np.where(seen, summed / np.maximum(weight, 1e-6), np.where(inside, np.nan, fill)))
+        voxels = np.stack(moved).astype(np.float32)
+        if self.valid is None:
+            return replace(self, voxels=voxels, grid=grid)
+        return replace(self, voxels=np.nan_to_num(voxels, nan=fill), grid=grid, valid=seen | ~inside)
+
+
+def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
+    """The exact signed permutation with integer shift that `matrix` is over `shape`, or None."""
+    rounded = np.round(matrix)
+    steps = np.abs(rounded[:3, :3])
+    if not (np.array_equal(np.sort(steps, axis=0)[:2], np.zeros((2, 3))) and (steps.sum(1) == 1).all()):
+        return None
+    error = np.abs(matrix - rounded)
+    furthest = error[:3, :3] @ (np.asarray(shape) - 1) + error[:3, 3]
+    # A singleton axis hides its direction from its own extent: its step must agree too.
+    return rounded if furthest.max() < _LATTICE_TOLERANCE and error[:3, :3].max() < 1e-2 else None
+
+
+def _overlap(start: int, sign: int, old: int, new: int) -> tuple[slice, slice]:
+    """Which old voxels land on which new ones, where new voxel n reads old voxel start + sign * n."""
+    reach = range(new)
+    inside = [n for n in (reach[0], reach[-1])]
+    first, last = (max(0, -start), min(new, old - start)) if sign > 0 else (max(0, start - old + 1), min(new, start + 1))
+    first, last = min(first, inside[-1] + 1), max(last, 0)
+    if last <= first:
+        return slice(0, 0), slice(0, 0)
+    ends = sorted((start + sign * first, start + sign * (last - 1)))
+    return slice(ends[0], ends[1] + 1), slice(first, last)
+
+
+def _holds(dtype: np.dtype, value: float) -> bool:
+    if np.issubdtype(dtype, np.floating):
+        return True
+    if dtype == bool:
+        return value in (0.0, 1.0)
+    info = np.iinfo(dtype)
+    return bool(np.isfinite(value) and value == round(value) and info.min <= value <= info.max)
+
+
+def _antialias_sigma(matrix: np.ndarray, shape: Sequence[int]) -> tuple[float, ...]:
+    """Gaussian widths in old voxels that widen an old voxel's profile to a new voxel's."""
+    step = np.abs(matrix[:3, :3]).max(axis=1)
+    factor = np.where(np.asarray(shape) > 1, np.maximum(step, 1.0), 1.0)
+    return tuple(float(s) for s in np.sqrt(factor**2 - 1) / (2 * np.sqrt(2 * np.log(2))))
+
+
+def _smooth(values: np.ndarray, sigma: Sequence[float]) -> np.ndarray:
+    if max(sigma) < 1e-3:
+        return values
+    from scipy.ndimage import gaussian_filter
+
+    return gaussian_filter(values, sigma, mode="nearest")
+
+
+def _resample(values: np.ndarray, matrix: np.ndarray, shape: Sequence[int], fill: float, how: str) -> np.ndarray:
+    """Sample `values` (i, j, k) at matrix @ target index; SimpleITK works in plain index space here."""
+    import SimpleITK as sitk
+
+    kind = np.uint8 if values.dtype == bool else values.dtype
+    image = sitk.GetImageFromArray(np.ascontiguousarray(values.T, dtype=kind))
+    move = sitk.AffineTransform(3)
+    move.SetMatrix(matrix[:3, :3].ravel().tolist())
+    move.SetTranslation(matrix[:3, 3].tolist())
+    interpolator = sitk.sitkNearestNeighbor if how == "nearest" else sitk.sitkLinear
+    identity = np.eye(3).ravel().tolist()
+    moved = sitk.Resample(image, [int(n) for n in shape], move, interpolator, [0.0] * 3, [1.0] * 3, identity, fill)
+    return sitk.GetArrayFromImage(moved).T.astype(values.dtype, copy=False)
+
+
+__all__ = ["Header", "Scale", "Scan"]
