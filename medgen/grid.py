@@ -39,8 +39,8 @@ class Grid:
 
     def __post_init__(self) -> None:
         shape = tuple(int(n) for n in self.shape)
-        if len(shape) != 3 or min(shape) < 1:
-            raise GeometryError(f"A grid needs three axes of at least one voxel; found shape {shape}.")
+        if len(shape) != 3 or min(shape) < 1 or shape != tuple(self.shape):
+            raise GeometryError(f"A grid needs three axes of at least one whole voxel; found shape {self.shape}.")
         affine = np.array(self.affine, dtype=np.float64)
         if affine.shape != (4, 4) or not np.isfinite(affine).all():
             raise GeometryError("An affine must be a finite 4x4 matrix. Check the file's geometry header.")
@@ -50,7 +50,10 @@ class Grid:
         if not (spacing > 0).all() or not (spacing < 1e4).all():
             raise GeometryError(f"Voxel spacing must lie in (0, 10000) mm; found {spacing.tolist()}.")
         if abs(np.linalg.det(affine[:3, :3] / spacing)) < 1e-6:
-            raise GeometryError("The affine is singular: two voxel axes point the same way.")
+            raise GeometryError("The affine is singular: its three voxel axes lie in one plane.")
+        affine[3] = [0, 0, 0, 1]
+        # Adding 0 turns -0 into 0, so that equal grids have equal bytes, and equal hashes.
+        affine += 0.0
         affine.setflags(write=False)
         object.__setattr__(self, "shape", shape)
         object.__setattr__(self, "affine", affine)
@@ -170,6 +173,8 @@ class Grid:
 
     def flip(self, axis: int) -> "Grid":
         """The same voxels counted backwards along `axis`."""
+        if axis not in (0, 1, 2):
+            raise GeometryError(f"A voxel axis is 0, 1 or 2; found {axis}.")
         affine = self.affine.copy()
         start = [0, 0, 0]
         start[axis] = self.shape[axis] - 1
