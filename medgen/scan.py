@@ -149,62 +149,74 @@ class Scan:
             grid: where the voxels shall be.
             outside: physical value beyond the field of view (CT -1024; maps NaN).
         """
-        matrix = self.grid.index_of(grid)
         if self.grid == grid:
             return self
-        if (lattice := _coinciding(matrix, grid.shape)) is not None:
-            return self._copied(grid, lattice, outside)
-        return self._interpolated(grid, matrix, outside)
+        matrix = self.grid.index_of(grid)
+        lattice = _coinciding(matrix, grid.shape)
+        fill = float(self.scale.stored(outside))
+        return self._interpolated(grid, matrix, fill) if lattice is None else self._copied(grid, lattice, fill)
 
-    def _copied(self, grid: Grid, lattice: np.ndarray, outside: float) -> "Scan":
-        order = [int(np.flatnonzero(lattice[:3, axis])[0]) for axis in range(3)]
-        signs = [int(lattice[order[axis], axis]) for axis in range(3)]
-        starts = [int(lattice[order[axis], 3]) for axis in range(3)]
-        take, put = [slice(None)] * 3, [slice(None)] * 3
-        for axis, (old, sign, start) in enumerate(zip(order, signs, starts, strict=True)):
-            take[old], put[axis] = _overlap(start, sign, self.grid.shape[old], grid.shape[axis])
+    def _copied(self, grid: Grid, lattice: np.ndarray, fill: float) -> "Scan":
+        """The same numbers at their new places, `fill` where there are none; a view if there are none such."""
+        order = [int(np.flatnonzero(column)[0]) for column in lattice[:3, :3].T]
+        steps = [int(lattice[old, new]) for new, old in enumerate(order)]
+        take, put = [], []
+        for old, step, length in zip(order, steps, grid.shape, strict=True):
+            before, size = int(lattice[old, 3]), self.grid.shape[old]
+            # On the axis counted in the new direction, new voxel n is old voxel start + n.
+            start = before if step > 0 else size - 1 - before
+            first = min(max(0, -start), length)
+            last = min(max(first, size - start), length)
+            take.append(slice(start + first, start + last))
+            put.append(slice(first, last))
+        covered = all(part == slice(0, length) for part, length in zip(put, grid.shape, strict=True))
 
-        def move(values: np.ndarray, fill: float) -> np.ndarray:
-            # The source block is cut in source axes, then its axes are put in the new order.
-            block = values[(..., *take)].transpose(*range(values.ndim - 3), *[values.ndim - 3 + o for o in order])
-            block = block[(..., *[slice(None, None, sign) for sign in signs])]
-            if block.shape[-3:] == grid.shape:
-                return block
-            out = np.full(values.shape[:-3] + grid.shape, fill, dtype=values.dtype)
-            out[(..., *put)] = block
+        def moved(values: np.ndarray, fill: float, dtype: np.dtype) -> np.ndarray:
+            lead = values.ndim - 3
+            turned = values.transpose(*range(lead), *[lead + old for old in order])
+            taken = turned[(..., *[slice(None, None, step) for step in steps])][(..., *take)]
+            if covered:
+                return taken
+            out = np.full((*values.shape[:lead], *grid.shape), fill, dtype=dtype)
+            out[(..., *put)] = taken
             return out
 
-        fill = float(self.scale.stored(outside))
-        voxels = self.voxels if _holds(self.voxels.dtype, fill) else self.voxels.astype(np.float32)
-        valid = None if self.valid is None else move(self.valid, True)
-        return replace(self, voxels=move(voxels, fill), grid=grid, valid=valid)
+        dtype, fill = _holding(self.voxels.dtype, fill)
+        valid = None if self.valid is None else moved(self.valid, True, self.valid.dtype)
+        return replace(self, voxels=moved(self.voxels, fill, dtype), grid=grid, valid=valid)
 
-    def _interpolated(self, grid: Grid, matrix: np.ndarray, outside: float) -> "Scan":
-        fill = float(self.scale.stored(outside))
+    def _interpolated(self, grid: Grid, matrix: np.ndarray, fill: float) -> "Scan":
+        """One interpolation of every channel; unmeasured voxels have no say in it."""
         if self.is_label:
-            dtype = self.voxels.dtype if _holds(self.voxels.dtype, fill) else np.dtype(np.float32)
-            moved = [_resample(channel.astype(dtype), matrix, grid.shape, fill, "nearest") for channel in self.voxels]
-            return replace(self, voxels=np.stack(moved), grid=grid, valid=None)
+            dtype, fill = _holding(self.voxels.dtype, fill)
+            moved = [_resample(values.astype(dtype), matrix, grid.shape, fill, "nearest") for values in self.voxels]
+            valid = None if self.valid is None else _resample(self.valid, matrix, grid.shape, 1, "nearest")
+            return replace(self, voxels=np.stack(moved), grid=grid, valid=valid)
         sigma = _antialias_sigma(matrix, self.grid.shape)
-        known = np.isfinite(self.voxels).all(axis=0)
+
+        def spread(values: np.ndarray, fill: float) -> np.ndarray:
+            return _resample(_smooth(values, sigma), matrix, grid.shape, fill, "linear")
+
+        voxels = self.voxels.astype(np.result_type(self.voxels.dtype, np.float32), copy=False)
+        known = np.isfinite(voxels).all(axis=0)
         if self.valid is not None:
             known &= self.valid
-        voxels = self.voxels.astype(np.float32, copy=False)
         if known.all():
-            moved = [_resample(_smooth(channel, sigma), matrix, grid.shape, fill, "linear") for channel in voxels]
-            return replace(self, voxels=np.stack(moved), grid=grid, valid=None)
+            return replace(self, voxels=np.stack([spread(values, fill) for values in voxels]), grid=grid, valid=None)
         # Normalised convolution: unmeasured voxels have weight 0 instead of a made-up value.
-        weight = _resample(_smooth(known.astype(np.float32), sigma), matrix, grid.shape, 0.0, "linear")
-        inside = _resample(np.ones(self.grid.shape, np.float32), matrix, grid.shape, 0.0, "nearest") > 0
+        weight = spread(known.astype(voxels.dtype), 0.0)
         seen = weight > 0.5
-        moved = []
-        for channel in voxels:
-            summed = _resample(_smooth(np.where(known, channel, 0), sigma), matrix, grid.shape, 0.0, "linear")
-            moved.append(np.where(seen, summed / np.maximum(weight, 1e-6), np.where(inside, np.nan, fill)))
-        voxels = np.stack(moved).astype(np.float32)
-        if self.valid is None:
-            return replace(self, voxels=voxels, grid=grid)
-        return replace(self, voxels=np.nan_to_num(voxels, nan=fill), grid=grid, valid=seen | ~inside)
+        inside = _resample(np.ones(self.grid.shape, np.uint8), matrix, grid.shape, 0, "nearest") > 0
+        hole = np.nan
+        if self.valid is not None:
+            hole = fill if self.header.padding is None else self.header.padding
+        unseen = np.where(inside, hole, fill)
+        moved = [
+            np.where(seen, spread(np.where(known, values, 0), 0.0) / np.where(seen, weight, 1), unseen)
+            for values in voxels
+        ]
+        valid = None if self.valid is None else seen | ~inside
+        return replace(self, voxels=np.stack(moved).astype(voxels.dtype), grid=grid, valid=valid)
 
 
 def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
@@ -219,25 +231,18 @@ def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
     return rounded if furthest.max() < _LATTICE_TOLERANCE and error[:3, :3].max() < 1e-2 else None
 
 
-def _overlap(start: int, sign: int, old: int, new: int) -> tuple[slice, slice]:
-    """Which old voxels land on which new ones, where new voxel n reads old voxel start + sign * n."""
-    reach = range(new)
-    inside = [n for n in (reach[0], reach[-1])]
-    first, last = (max(0, -start), min(new, old - start)) if sign > 0 else (max(0, start - old + 1), min(new, start + 1))
-    first, last = min(first, inside[-1] + 1), max(last, 0)
-    if last <= first:
-        return slice(0, 0), slice(0, 0)
-    ends = sorted((start + sign * first, start + sign * (last - 1)))
-    return slice(ends[0], ends[1] + 1), slice(first, last)
-
-
-def _holds(dtype: np.dtype, value: float) -> bool:
+def _holding(dtype: np.dtype, value: float) -> tuple[np.dtype, float]:
+    """The type, floating if it must be, that holds `value`, and the value as that type holds it."""
     if np.issubdtype(dtype, np.floating):
-        return True
-    if dtype == bool:
-        return value in (0.0, 1.0)
-    info = np.iinfo(dtype)
-    return bool(np.isfinite(value) and value == round(value) and info.min <= value <= info.max)
+        return dtype, value
+    low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
+    if (
+        np.isfinite(value)
+        and low <= (whole := round(value)) <= high
+        and abs(value - whole) <= 1e-6 * max(1, abs(value))
+    ):
+        return dtype, whole
+    return np.result_type(dtype, np.float32), value
 
 
 def _antialias_sigma(matrix: np.ndarray, shape: Sequence[int]) -> tuple[float, ...]:
@@ -257,17 +262,18 @@ def _smooth(values: np.ndarray, sigma: Sequence[float]) -> np.ndarray:
 
 def _resample(values: np.ndarray, matrix: np.ndarray, shape: Sequence[int], fill: float, how: str) -> np.ndarray:
     """Sample `values` (i, j, k) at matrix @ target index; SimpleITK works in plain index space here."""
-    import SimpleITK as sitk
+    import SimpleITK
 
-    kind = np.uint8 if values.dtype == bool else values.dtype
-    image = sitk.GetImageFromArray(np.ascontiguousarray(values.T, dtype=kind))
-    move = sitk.AffineTransform(3)
+    kind = np.uint8 if values.dtype.kind == "b" else values.dtype
+    image = SimpleITK.GetImageFromArray(np.ascontiguousarray(values.T, dtype=kind))
+    move = SimpleITK.AffineTransform(3)
     move.SetMatrix(matrix[:3, :3].ravel().tolist())
     move.SetTranslation(matrix[:3, 3].tolist())
-    interpolator = sitk.sitkNearestNeighbor if how == "nearest" else sitk.sitkLinear
+    interpolator = SimpleITK.sitkNearestNeighbor if how == "nearest" else SimpleITK.sitkLinear
     identity = np.eye(3).ravel().tolist()
-    moved = sitk.Resample(image, [int(n) for n in shape], move, interpolator, [0.0] * 3, [1.0] * 3, identity, fill)
-    return sitk.GetArrayFromImage(moved).T.astype(values.dtype, copy=False)
+    size = [int(n) for n in shape]
+    moved = SimpleITK.Resample(image, size, move, interpolator, [0.0] * 3, [1.0] * 3, identity, fill)
+    return SimpleITK.GetArrayFromImage(moved).T.astype(values.dtype, copy=False)
 
 
 __all__ = ["Header", "Scale", "Scan"]
