@@ -1,0 +1,291 @@
+"""One DICOM file, opened carefully: a bounded read, only the elements medgen needs, and nothing decoded.
+
+The parser is pydicom's; what is added here is distrust. It parses a memory buffer instead of the file, so that
+an element that claims four gigabytes costs nothing; a deflated file is inflated only as far as needed; values stay
+raw bytes until asked for, and a value that is no number is an error that names the file and the element.
+"""
+
+import hashlib
+import io
+import struct
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from pydicom.filereader import read_partial
+from pydicom.tag import BaseTag
+from pydicom.uid import UID
+
+from medgen.errors import UnreadableScan
+from medgen.io.dicom_elements import PARSE_FAULTS, WANTED, Elements, quiet
+
+_PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
+_DEFLATED = "1.2.840.10008.1.2.1.99"
+_BIG_ENDIAN = "1.2.840.10008.1.2.2"
+# Headers are read in growing gulps; the first holds nearly every single-frame header.
+_GULPS = (2**16, 2**20, 2**24, 2**27)
+_MOST_ELEMENTS = 20_000
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How the pixels of one file are stored, checked against each other.
+
+    `offset` is where the value of Pixel Data begins (in the inflated stream of a deflated file), `length` its stated
+    length, None where it is encapsulated in fragments.
+    """
+
+    rows: int
+    columns: int
+    samples: int
+    frames: int
+    allocated: int
+    stored: int
+    signed: bool
+    photometric: str
+    planar: int
+    offset: int
+    length: int | None
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The native type of one sample."""
+        return np.dtype(f"{'i' if self.signed else 'u'}{self.allocated // 8}")
+
+    @property
+    def voxels(self) -> int:
+        """Samples in all frames."""
+        return self.rows * self.columns * self.samples * self.frames
+
+    @property
+    def form(self) -> tuple[int, int, int]:
+        """Rows, columns, samples: what all files of one volume share."""
+        return self.rows, self.columns, self.samples
+
+
+@dataclass(frozen=True)
+class DicomFile:
+    """One parsed file: the wanted elements, the transfer syntax and where its pixels begin.
+
+    `pixels` is (tag, offset, stated length, size of the readable stream); None where the file ends before them.
+    """
+
+    path: Path
+    elements: Elements
+    syntax: str
+    sop_class: str
+    pixels: tuple[int, int, int, int | None] | None
+
+    @property
+    def name(self) -> str:
+        """The file's name, for messages."""
+        return self.path.name
+
+    @property
+    def deflated(self) -> bool:
+        """Whether everything after the file's own header is one deflate stream."""
+        return self.syntax == _DEFLATED
+
+    @property
+    def big_endian(self) -> bool:
+        """Whether numbers are stored with the high byte first."""
+        return self.syntax == _BIG_ENDIAN
+
+    @property
+    def is_multiframe(self) -> bool:
+        """Whether the file is of the kind that holds a volume by itself."""
+        many = (self.elements.number("NumberOfFrames") or 1) > 1
+        return many or "Enhanced" in UID(self.sop_class).name or "PerFrameFunctionalGroupsSequence" in self.elements
+
+    @property
+    def is_localizer(self) -> bool:
+        """Whether this is a scout that other slices were planned on."""
+        return "LOCALIZER" in [part.upper() for part in self.elements.texts("ImageType")[2:]]
+
+    @property
+    def patient(self) -> str:
+        """A key that is equal for the files of one patient and does not tell who it is, '' where unknown."""
+        identity = self.elements.raw("PatientID").strip(b" \0")
+        issuer = self.elements.raw("IssuerOfPatientID").strip(b" \0")
+        return "p" + hashlib.sha256(identity + issuer).hexdigest()[:10] if identity else ""
+
+    @property
+    def layout(self) -> Layout:
+        """How the pixels are stored.
+
+        Raises:
+            UnreadableScan: an attribute is missing, or two contradict each other or the length of the file.
+        """
+        return _layout(self)
+
+
+def inflate(compressed: bytes, limit: int, name: str) -> bytes:
+    """At most `limit` bytes of a raw deflate stream.
+
+    Raises:
+        UnreadableScan: the stream is damaged.
+    """
+    try:
+        return zlib.decompressobj(-zlib.MAX_WBITS).decompress(compressed, limit)
+    except zlib.error as fault:
+        raise UnreadableScan(f"{name}: the deflated data are damaged. Copy or export the file again.") from fault
+
+
+def deflated_body(path: Path) -> bytes:
+    """The compressed part of a deflated file: all that follows the file meta group."""
+    content = path.read_bytes()
+    if content[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
+        raise UnreadableScan(f"{path.name}: a deflated file must state the length of its file meta group; it does not.")
+    return content[144 + struct.unpack("<I", content[140:144])[0] :]
+
+
+def looks_like_dicom(start: bytes) -> str:
+    """'yes' with the DICM mark, 'maybe' without it but beginning like a dataset, else 'no'."""
+    if start[128:132] == b"DICM":
+        return "yes"
+    return "maybe" if start[:2] in (b"\x08\x00", b"\x02\x00", b"\x00\x08") and len(start) > 8 else "no"
+
+
+def open_file(path: Path, *, force: bool = False) -> DicomFile:
+    """Parse the header of one file.
+
+    Args:
+        path: the file.
+        force: accept a file without the 'DICM' mark if it parses as an image.
+
+    Raises:
+        UnreadableScan: it is no DICOM, cannot be read or is damaged.
+    """
+    try:
+        with path.open("rb") as stream:
+            size = stream.seek(0, io.SEEK_END)
+            stream.seek(0)
+            start = stream.read(_GULPS[0])
+            if looks_like_dicom(start) != "yes" and not force:
+                hint = " It begins like one without preamble: pass --force to try." * (
+                    looks_like_dicom(start) == "maybe"
+                )
+                raise UnreadableScan(f"{path.name}: not a DICOM file ('DICM' expected at byte 128).{hint}")
+            if _DEFLATED.encode() + b"\0" in start[132:2048]:
+                return _open_deflated(path)
+            return _parse_growing(path, lambda n: start if n <= len(start) else _head(stream, n), size, force)
+    except OSError as fault:
+        raise UnreadableScan(f"{path.name}: cannot be opened ({fault.strerror or 'read error'}).") from fault
+
+
+def _head(stream: io.BufferedReader, count: int) -> bytes:
+    stream.seek(0)
+    return stream.read(count)
+
+
+def _open_deflated(path: Path) -> DicomFile:
+    compressed = deflated_body(path)
+    # Behind a blank preamble the inflated dataset is an ordinary explicit little endian file.
+    prefix = bytes(128) + b"DICM"
+    opened = _parse_growing(path, lambda n: prefix + inflate(compressed, n - len(prefix), path.name), None, True)
+    pixels = opened.pixels
+    if pixels is not None:
+        pixels = (pixels[0], pixels[1] - len(prefix), pixels[2], None)
+    return DicomFile(path, opened.elements, _DEFLATED, opened.sop_class, pixels)
+
+
+def _parse_growing(path: Path, head: Callable[[int], bytes], size: int | None, force: bool) -> DicomFile:
+    """Parse ever longer heads until Pixel Data, or the end of the file, is in it."""
+    for gulp in _GULPS:
+        start = head(gulp)
+        whole = len(start) < gulp or (size is not None and len(start) >= size)
+        parsed = _parse(path, start, size, force)
+        if parsed.pixels is not None or whole:
+            return parsed
+    raise UnreadableScan(f"{path.name}: the header is longer than {_GULPS[-1] >> 20} MiB. This is no image to read.")
+
+
+def _parse(path: Path, start: bytes, size: int | None, force: bool) -> DicomFile:
+    seen = 0
+
+    def stop(tag: BaseTag, _vr: str | None, _length: int) -> bool:
+        nonlocal seen
+        seen += 1
+        if seen > _MOST_ELEMENTS:
+            raise UnreadableScan(f"{path.name}: more than {_MOST_ELEMENTS} header elements. The file is damaged.")
+        return tag in _PIXELS
+
+    buffer = io.BytesIO(start)
+    try:
+        with quiet():
+            dataset = read_partial(buffer, stop, force=force, specific_tags=WANTED)
+        meta = dataset.file_meta
+        syntax, media = (str(meta.get(key) or "") for key in ("TransferSyntaxUID", "MediaStorageSOPClassUID"))
+    except RecursionError as fault:
+        raise UnreadableScan(f"{path.name}: sequences are nested too deep. The file is damaged or hostile.") from fault
+    except PARSE_FAULTS as fault:
+        raise UnreadableScan(f"{path.name}: the DICOM header is damaged. Copy or export the file again.") from fault
+    elements = Elements(dataset, path.name)
+    if not syntax and dataset.original_encoding == (False, False):
+        syntax = _BIG_ENDIAN
+    pixels = _pixel_element(start, buffer.tell(), size, syntax == _BIG_ENDIAN)
+    return DicomFile(path, elements, syntax, elements.uid("SOPClassUID") or media, pixels)
+
+
+def _pixel_element(start: bytes, at: int, size: int | None, big: bool) -> tuple[int, int, int, int | None] | None:
+    """Tag, value offset, stated length and stream size of the pixel element at `at`; None if there is none."""
+    order = ">" if big else "<"
+    if len(start) < at + 12:
+        return None
+    group, element = struct.unpack_from(f"{order}HH", start, at)
+    if (group << 16 | element) not in _PIXELS:
+        return None
+    # An implicit length is even, so its low bytes are never the letters of OB, OW, OF, OD or UN... except OD and OF,
+    # which no image medgen reads has.
+    if start[at + 4 : at + 6] in (b"OB", b"OW", b"UN", b"OF", b"OD"):
+        return group << 16 | element, at + 12, struct.unpack_from(f"{order}I", start, at + 8)[0], size
+    return group << 16 | element, at + 8, struct.unpack_from(f"{order}I", start, at + 4)[0], size
+
+
+def _layout(file: DicomFile) -> Layout:
+    name, elements = file.name, file.elements
+    if file.pixels is None:
+        raise UnreadableScan(f"{name}: the file ends before its pixels. It is truncated; copy or export it again.")
+    tag, offset, stated, size = file.pixels
+    if tag != 0x7FE00010:
+        raise UnreadableScan(f"{name}: floating point pixel data; medgen reads integer images.")
+    samples = elements.whole("SamplesPerPixel", 1)
+    layout = Layout(
+        rows=elements.whole("Rows"),
+        columns=elements.whole("Columns"),
+        samples=samples,
+        frames=elements.whole("NumberOfFrames", 1) or 1,
+        allocated=elements.whole("BitsAllocated"),
+        stored=elements.whole("BitsStored"),
+        signed=elements.whole("PixelRepresentation") == 1,
+        photometric=elements.code("PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB"),
+        planar=elements.whole("PlanarConfiguration", 0),
+        offset=offset,
+        length=None if stated == 0xFFFFFFFF else stated,
+    )
+    if min(layout.rows, layout.columns) < 1 or samples not in (1, 3):
+        raise UnreadableScan(f"{name}: {layout.rows} rows x {layout.columns} columns x {samples} samples is no image.")
+    if layout.allocated not in (8, 16, 32):
+        raise UnreadableScan(f"{name}: 8, 16 or 32 bits per sample expected; found {layout.allocated}.")
+    if not 1 <= layout.stored <= layout.allocated:
+        raise UnreadableScan(f"{name}: {layout.stored} bits stored in {layout.allocated} allocated is impossible.")
+    if elements.whole("HighBit", layout.stored - 1) != layout.stored - 1:
+        raise UnreadableScan(f"{name}: HighBit must be {layout.stored - 1} for {layout.stored} bits stored; it is not.")
+    if layout.length is not None and size is not None and offset + layout.length > size:
+        raise UnreadableScan(
+            f"{name}: Pixel Data claims {layout.length} bytes, the file holds {size - offset}. "
+            "It is truncated or damaged; copy or export it again."
+        )
+    return layout
+
+
+__all__ = [
+    "DicomFile",
+    "Layout",
+    "deflated_body",
+    "inflate",
+    "looks_like_dicom",
+    "open_file",
+]

@@ -1,0 +1,228 @@
+"""What each frame of a DICOM file says of itself: where it lies, what its numbers mean, what tells it from its twins.
+
+Classic files say it once; in multi-frame files the groups of a frame override the groups shared by all frames.
+"""
+
+from dataclasses import dataclass, field
+
+import numpy as np
+from pydicom.uid import UID
+
+from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
+from medgen.io.dicom_elements import Elements
+from medgen.io.dicom_file import DicomFile
+from medgen.io.source import ReadOptions
+
+# Standard objects that are volumes or parts of one: without a position they are nowhere.
+_VOLUMES = (
+    *("CT Image", "MR Image", "Positron Emission", "PET Image", "MR Color Image", "Tomosynthesis", "3D "),
+    *("Nuclear Medicine", "Ophthalmic Tomography", "Intravascular", "Volume"),
+)
+# What may tell repeated slices apart, in the order it is tried: keyword, the word for a channel's name, and whether
+# the value itself may be told (a time of day could help to identify a person).
+SPLITS = (
+    ("TemporalPositionIdentifier", "time", True),
+    ("TemporalPositionIndex", "time", True),
+    ("AcquisitionNumber", "acquisition", True),
+    ("AcquisitionTime", "time", False),
+    ("TriggerTime", "trigger", True),
+    ("NominalCardiacTriggerDelayTime", "trigger", True),
+    ("EchoNumbers", "echo", True),
+    ("EffectiveEchoTime", "echo time", True),
+    ("EchoTime", "echo time", True),
+    ("DiffusionBValue", "b", True),
+    ("ContentTime", "time", False),
+    ("ImageType", "type", True),
+)
+_IN_GROUPS = {
+    "TemporalPositionIndex": "FrameContentSequence",
+    "EffectiveEchoTime": "MREchoSequence",
+    "DiffusionBValue": "MRDiffusionSequence",
+    "NominalCardiacTriggerDelayTime": "CardiacSynchronizationSequence",
+}
+
+
+@dataclass(frozen=True)
+class Rescale:
+    """From stored values to physical ones: slope and intercept, or a table that begins at stored value `first`."""
+
+    slope: float = 1.0
+    intercept: float = 0.0
+    unit: str = ""
+    first: int = 0
+    table: bytes = b""
+
+    def physical(self, stored: np.ndarray) -> np.ndarray:
+        """Physical values, float32, of stored ones."""
+        if self.table:
+            table = np.frombuffer(self.table, np.uint16)
+            return table[np.clip(stored.astype(np.int64) - self.first, 0, len(table) - 1)].astype(np.float32)
+        return (stored * np.float64(self.slope) + self.intercept).astype(np.float32)
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One picture in one file; `position` and `orientation` in LPS+ millimetres, None where not stated.
+
+    `spacing` is (between rows, between columns), `keys` the values by which repeated slices may be told apart.
+    """
+
+    file: DicomFile
+    index: int
+    position: np.ndarray | None
+    orientation: np.ndarray | None
+    spacing: tuple[float, float] | None
+    thickness: float | None
+    rescale: Rescale
+    keys: dict[str, float | str] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        """File name, and frame number from 1 where the file has several."""
+        return self.file.name if self.file.layout.frames == 1 else f"{self.file.name} frame {self.index + 1}"
+
+
+def needs_position(file: DicomFile) -> bool:
+    """Whether a file of this kind is meaningless without a place in the patient."""
+    kind = UID(file.sop_class).name
+    return any(word in kind for word in _VOLUMES)
+
+
+def is_planar(file: DicomFile) -> bool:
+    """Whether the file is one flat picture without a place in the patient, such as a chest X-ray."""
+    placed = file.elements.raw("ImagePositionPatient") and file.elements.raw("ImageOrientationPatient")
+    return not placed and not needs_position(file) and not file.is_multiframe
+
+
+def frames_of(file: DicomFile, options: ReadOptions) -> list[Frame]:
+    """The frames of a file, in the order they are stored.
+
+    Raises:
+        UnreadableScan: an attribute is damaged.
+        InconsistentSeries: the file is one part of a larger object, or describes another number of frames.
+    """
+    layout, elements = file.layout, file.elements
+    if (elements.number("InConcatenationTotalNumber") or 1) > 1:
+        raise InconsistentSeries(f"{file.name}: one part of a concatenation. Join its parts into one file first.")
+    shared = next(iter(elements.items("SharedFunctionalGroupsSequence")), None)
+    groups = elements.items("PerFrameFunctionalGroupsSequence")
+    if not groups:
+        return [_frame(file, index, [g for g in (shared,) if g], options) for index in range(layout.frames)]
+    if len(groups) != layout.frames:
+        raise InconsistentSeries(f"{file.name}: {layout.frames} frames, but {len(groups)} described. It is damaged.")
+    return [_frame(file, n, [g for g in (group, shared) if g], options) for n, group in enumerate(groups)]
+
+
+def _macro(groups: list[Elements], keyword: str) -> Elements | None:
+    """The first item of a functional group, from the frame's own groups before the shared ones."""
+    for group in groups:
+        if items := group.items(keyword):
+            return items[0]
+    return None
+
+
+def _frame(file: DicomFile, index: int, groups: list[Elements], options: ReadOptions) -> Frame:
+    top = file.elements
+    place = _macro(groups, "PlanePositionSequence")
+    if place is None and file.layout.frames == 1:
+        place = top
+    plane = _macro(groups, "PlaneOrientationSequence") or top
+    measures = _macro(groups, "PixelMeasuresSequence") or top
+    spacing = measures.numbers("PixelSpacing", 2)
+    if spacing and min(spacing) <= 0:
+        raise GeometryError(f"{file.name}: pixel spacing must be positive; found {spacing[0]:g} x {spacing[1]:g} mm.")
+    orientation = plane.numbers("ImageOrientationPatient", 6)
+    position = place.numbers("ImagePositionPatient", 3) if place else ()
+    return Frame(
+        file=file,
+        index=index,
+        position=np.array(position) if position else None,
+        orientation=np.array(orientation) if orientation else None,
+        spacing=(spacing[0], spacing[1]) if spacing else None,
+        thickness=measures.number("SliceThickness"),
+        rescale=_rescale(file, groups, options),
+        keys=_keys(file, groups),
+    )
+
+
+def _keys(file: DicomFile, groups: list[Elements]) -> dict[str, float | str]:
+    keys: dict[str, float | str] = {}
+    for keyword, _, _ in SPLITS:
+        group = _macro(groups, _IN_GROUPS[keyword]) if keyword in _IN_GROUPS and groups else file.elements
+        if group is None:
+            continue
+        if keyword == "ImageType":
+            kind = _macro(groups, "MRImageFrameTypeSequence")
+            parts = kind.texts("FrameType") if kind else file.elements.texts("ImageType")
+            keys[keyword] = "/".join(part for part in parts[2:] if part.replace("_", "").isalnum())[:32]
+        elif keyword.endswith("Time") and keyword in ("AcquisitionTime", "ContentTime"):
+            if (seconds := _seconds(file.elements.text(keyword))) is not None:
+                keys[keyword] = seconds
+        elif (value := group.number(keyword)) is not None:
+            keys[keyword] = value
+    return keys
+
+
+def _seconds(text: str) -> float | None:
+    """Seconds since midnight of HHMMSS.FFFFFF; None for anything else."""
+    digits = text.replace(":", "")
+    whole, _, fraction = digits.partition(".")
+    if not (whole.isdigit() and len(whole) == 6 and (not fraction or fraction.isdigit())):
+        return None
+    return int(whole[:2]) * 3600 + int(whole[2:4]) * 60 + int(whole[4:]) + float(f"0.{fraction or 0}")
+
+
+def _rescale(file: DicomFile, groups: list[Elements], options: ReadOptions) -> Rescale:
+    if options.real_world:
+        return _real_world(file, groups)
+    holder = _macro(groups, "PixelValueTransformationSequence") or file.elements
+    kind = holder.code("RescaleType")
+    if tables := file.elements.items("ModalityLUTSequence"):
+        return _lut(file, tables[0])
+    slope, intercept = holder.number("RescaleSlope"), holder.number("RescaleIntercept")
+    if slope is None and intercept is None:
+        return Rescale()
+    if slope == 0:
+        raise UnreadableScan(f"{file.name}: a rescale slope of 0 would make every voxel equal. Export it again.")
+    # Many writers label plain CT 'unspecified'; in multi-frame CT that word means another quantity, such as flow.
+    unsaid = ("",) if file.is_multiframe else ("", "US")
+    hounsfield = kind == "HU" or (file.elements.code("Modality") == "CT" and kind in unsaid)
+    unit = "HU" if hounsfield else file.elements.code("Units")
+    return Rescale(1.0 if slope is None else slope, intercept or 0.0, unit)
+
+
+def _lut(file: DicomFile, item: Elements) -> Rescale:
+    """The modality lookup table: number of entries (0 means 65536), first stored value, bits an entry."""
+    raw = item.raw("LUTDescriptor")
+    big = file.big_endian
+    if len(raw) != 6:
+        raise UnreadableScan(f"{file.name}: the modality lookup table has no valid descriptor.")
+    order = ">" if big else "<"
+    count, _, bits = (int(n) for n in np.frombuffer(raw, f"{order}u2"))
+    first = int(np.frombuffer(raw[2:4], f"{order}{'i' if file.layout.signed else 'u'}2")[0])
+    count, data = count or 65536, item.raw("LUTData")
+    packed = bits <= 8 and len(data) in (count, count + count % 2)
+    table = np.frombuffer(data[: len(data) // 2 * 2] if not packed else data, "u1" if packed else f"{order}u2")[:count]
+    if len(table) < count:
+        raise UnreadableScan(f"{file.name}: the modality lookup table has {len(table)} entries of {count}.")
+    unit = "HU" if item.code("ModalityLUTType") == "HU" else ""
+    return Rescale(unit=unit, first=first, table=table.astype(np.uint16).tobytes())
+
+
+def _real_world(file: DicomFile, groups: list[Elements]) -> Rescale:
+    """The one linear Real World Value Mapping of a frame."""
+    levels = [*groups, file.elements]
+    items = next((found for level in levels if (found := level.items("RealWorldValueMappingSequence"))), [])
+    linear = [item for item in items if item.number("RealWorldValueSlope")]
+    if len(items) != 1 or len(linear) != 1:
+        raise UnreadableScan(
+            f"{file.name}: exactly one linear Real World Value Mapping expected; found {len(linear)} in {len(items)}. "
+            "Read it without real_world."
+        )
+    item = linear[0]
+    units = item.items("MeasurementUnitsCodeSequence")
+    unit = units[0].text("CodeValue")[:16] if units else ""
+    return Rescale(item.numbers("RealWorldValueSlope")[0], item.number("RealWorldValueIntercept") or 0.0, unit)
+
+
+__all__ = ["SPLITS", "Frame", "Rescale", "frames_of", "is_planar", "needs_position"]
