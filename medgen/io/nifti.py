@@ -11,16 +11,16 @@ from pathlib import Path
 
 import numpy as np
 from isal import igzip, isal_zlib
-from jaxtyping import Float, Shaped
+from jaxtyping import Shaped
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
-from nibabel.spatialimages import HeaderDataError
 
 from medgen import log
-from medgen.errors import ConfigError, DataError, GeometryError, OutputError, UnreadableScan
+from medgen.errors import ConfigError, DataError, OutputError, UnreadableScan
 from medgen.grid import Grid
 from medgen.io.atomic import replacing
 from medgen.io.checks import finite, within_cap
+from medgen.io.nifti_place import grid_of, place
 from medgen.io.source import ReadOptions
 from medgen.scan import Header, Scale, Scan
 
@@ -28,8 +28,6 @@ _KINDS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 7
 _CODES = {np.dtype(kind): code for code, kind in _KINDS.items()}
 _RGB24 = 128
 _LABEL_INTENT = 1002
-_MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
-_AGREE_MM = 0.01
 _CHUNK = 1 << 20
 # Deflate cannot shrink anything more than this.
 _DEFLATE_LIMIT = 1032
@@ -110,11 +108,7 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
             f"{name}: expected 8 to 64 bit integers or floats; found NIfTI datatype {int(head['datatype'])}. "
             "Convert it to float32 first (complex, RGBA and 128 bit numbers are not read)."
         )
-    affine, space = _affine(head, shape[1:], name, options)
-    try:
-        grid = Grid(shape[1:], affine)
-    except GeometryError as error:
-        raise GeometryError(f"{name}: {error}") from None
+    grid, space = grid_of(head, shape[1:], name, options)
     return _Layout(
         shape=(3, *shape[1:]) if colour else shape,
         dtype=np.dtype(kind).newbyteorder(head.endianness),
@@ -188,72 +182,6 @@ def _scale(head: Nifti1Header, name: str) -> Scale:
     if not math.isfinite(intercept):
         raise UnreadableScan(f"{name}: expected a finite scl_inter beside scl_slope {slope:g}; found {intercept}.")
     return Scale(slope, intercept)
-
-
-def _affine(
-    head: Nifti1Header, shape: tuple[int, ...], name: str, options: ReadOptions
-) -> tuple[Float[np.ndarray, "4 4"], int]:
-    """Index to RAS+ millimetres, and the code of the form that says so."""
-    scale = _millimetres(head, name)
-    codes = {"sform": int(head["sform_code"]), "qform": int(head["qform_code"])}
-    if max(codes.values()) <= 0:
-        raise GeometryError(
-            f"{name}: expected an orientation; found sform_code and qform_code 0, so nobody knows which side is left. "
-            "If you know, write it: nibabel's image.set_sform(affine, 1), or convert from the original DICOM."
-        )
-    wanted = [options.xform] if codes.get(options.xform, 0) > 0 else [form for form in codes if codes[form] > 0]
-    found = {form: _form(head, form, name) for form in wanted}
-    if len(found) == 2:
-        apart = _apart(found["sform"], found["qform"], shape) * float(scale[0, 0])
-        if not apart <= _AGREE_MM + _quaternion_rounding(head, found["sform"], shape) * float(scale[0, 0]):
-            raise GeometryError(
-                f"{name}: expected sform and qform to agree within {_AGREE_MM} mm; they are {apart:.3g} mm apart. "
-                "Pass xform='sform' or xform='qform' to choose."
-            )
-    form = wanted[0]
-    return scale @ found[form], codes[form]
-
-
-def _millimetres(head: Nifti1Header, name: str) -> Float[np.ndarray, "4 4"]:
-    unit = int(head["xyzt_units"]) & 7
-    if unit not in _MILLIMETRES:
-        raise GeometryError(f"{name}: expected metres, millimetres or microns; found NIfTI space unit {unit}.")
-    if unit == 0:
-        log.note(f"{name}: states no unit of length; taken as millimetres.")
-    return np.diag([_MILLIMETRES[unit]] * 3 + [1.0])
-
-
-def _form(head: Nifti1Header, form: str, name: str) -> Float[np.ndarray, "4 4"]:
-    if form == "sform":
-        return head.get_sform()
-    head = head.copy()
-    # The standard reads a left-out handedness as right.
-    head["pixdim"][0] = head["pixdim"][0] or 1
-    try:
-        return head.get_qform()
-    except (HeaderDataError, ValueError) as error:
-        raise GeometryError(
-            f"{name}: its qform is no rotation ({error}). Pass xform='sform' if the sform is right."
-        ) from error
-
-
-def _apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
-    """The furthest that two affines put the same voxel, in their own unit; inf where either is not finite."""
-    # One voxel beyond the last, so that a singleton axis shows its direction too.
-    corners = np.array(np.meshgrid(*[(0, n) for n in shape], [1], indexing="ij")).reshape(4, -1)
-    apart = np.linalg.norm(((one - other) @ corners)[:3], axis=0).max()
-    return float(apart) if np.isfinite(apart) else math.inf
-
-
-def _quaternion_rounding(head: Nifti1Header, affine: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far off the furthest voxel may be because a qform stores three float32 and derives the fourth.
-
-    Near half a turn the fourth is the root of a difference that rounding has eaten: 0.3 mm in a head.
-    """
-    square = max(0.0, 1.0 - sum(float(head[f"quatern_{part}"]) ** 2 for part in "bcd"))
-    lost = 2e-7  # three roundings of numbers below 1, doubled by squaring
-    radians = 2 * (math.sqrt(square + lost) - math.sqrt(max(0.0, square - lost)))
-    return radians * float(np.linalg.norm(affine[:3, :3], axis=0) @ np.asarray(shape))
 
 
 def _mapped(path: Path, layout: _Layout) -> Shaped[np.ndarray, "n"]:
@@ -369,17 +297,11 @@ def _header(scan: Scan, dtype: np.dtype, name: str, description: str) -> Nifti1H
     head["magic"] = head.single_magic
     head["descrip"] = description.encode("ascii")
     head["intent_code"] = _LABEL_INTENT if scan.is_label else 0
-    head.set_xyzt_units("mm", "sec")
     head["scl_slope"], head["scl_inter"] = scan.scale.slope, scan.scale.intercept
     if not np.isfinite([head["scl_slope"], head["scl_inter"]]).all() or head["scl_slope"] == 0:
         raise OutputError(f"{name}: NIfTI keeps the scale in float32, which cannot hold {scan.scale.slope}.")
-    code = scan.header.space or 1
-    head.set_sform(scan.grid.affine, code)
-    head.set_qform(scan.grid.affine, code)
-    rounding = _quaternion_rounding(head, scan.grid.affine, scan.grid.shape)
-    if _apart(head.get_qform(), scan.grid.affine, scan.grid.shape) > _AGREE_MM + rounding:
-        head["qform_code"] = 0
-        log.note(f"{name}: its axes are not at right angles, so only the sform says where it is (qform_code 0).")
+    head["sform_code"] = scan.header.space
+    place(head, scan.grid, name)
     return head
 
 
