@@ -93,7 +93,8 @@ def header(
     if path.kind == "nifti":
         from medgen.io.nifti import nifti_header
 
-        return nifti_header(path.files[0])
+        grid, channels, _, told = nifti_header(path.files[0], options)
+        return grid, channels, told
     if path.kind == "dicom":
         from medgen.io.dicom_read import series_header
 
