@@ -124,6 +124,8 @@ class Elements:
             return b"", "", "<"
         element = self._dataset.get_item(tag)
         if not isinstance(element, RawDataElement):
+            if element.is_empty:
+                return b"", element.VR, "<"
             # pydicom converts a few elements by itself (PixelRepresentation, when a sequence is opened).
             if (kind := _BINARY.get(element.VR)) and isinstance(element.value, int):
                 return struct.pack(f"<{kind}", element.value), element.VR, "<"
