@@ -61,12 +61,19 @@ def assert_one_study(files: Sequence[Path]) -> None:
 
 
 def by_simpleitk(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
-    """Values (i, j, k) and affine to RAS+ mm, as SimpleITK reads the series of these files."""
+    """Values (i, j, k) and affine to RAS+ mm, as SimpleITK finds and reads the only series in the files' folder."""
     import SimpleITK
 
-    folder = str(Path(files[0]).parent)
-    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(folder)
+    names = SimpleITK.ImageSeriesReader.GetGDCMSeriesFileNames(str(Path(files[0]).parent))
     assert len(names) == len(files)
+    return read_by_simpleitk([Path(name) for name in names])
+
+
+def read_by_simpleitk(files: Sequence[Path]) -> tuple[np.ndarray, np.ndarray]:
+    """Values (i, j, k) and affine to RAS+ mm of files in the order of their positions, as SimpleITK reads them."""
+    import SimpleITK
+
+    names = [str(file) for file in files]
     image = SimpleITK.ReadImage(names) if len(names) > 1 else SimpleITK.ReadImage(names[0])
     affine = np.eye(4)
     affine[:3, :3] = np.reshape(image.GetDirection(), (3, 3)) * image.GetSpacing()

@@ -80,7 +80,7 @@ def patient_and_study(ds: Dataset, subject: Subject) -> None:
         ds.DeidentificationMethod = "As in the source series"
     if subject.deidentified:
         ds.PatientIdentityRemoved = "YES"
-        ds.DeidentificationMethod = "medgen: new header from a list of allowed attributes, identifiers replaced"
+        ds.DeidentificationMethod = "New header of allowed attributes only; identifiers replaced"
         ds.DeidentificationMethodCodeSequence = code("113100", "DCM", "Basic Application Confidentiality Profile")
         ds.LongitudinalTemporalInformationModified = "REMOVED"
 

@@ -192,7 +192,8 @@ def _objects(
         provenance_marks(base, provenance, _synthetic(scan, provenance, origin), extra)
         if _has_place(scan, rule):
             place.plane(base, scan.grid, subject.frame, float(thickness) if thickness else None)
-        elif scan.header.space > 0:
+        elif scan.header.space > 0 or scan.grid.spacing[:2] != (1.0, 1.0):
+            # Pictures without any spacing are read as 1 mm: that is no measurement.
             place.pixel_spacing(base, scan.grid)
         if rule == "other":
             base.PatientOrientation = ""
