@@ -26,6 +26,8 @@ from medgen.scan import Header, Scale, Scan
 
 _KINDS = {2: "u1", 4: "i2", 8: "i4", 16: "f4", 64: "f8", 256: "i1", 512: "u2", 768: "u4", 1024: "i8", 1280: "u8"}
 _CODES = {np.dtype(kind): code for code, kind in _KINDS.items()}
+# The header class, and where it has which magic bytes.
+_MAGIC = ((Nifti1Header, 344, b"n+1\0"), (Nifti2Header, 4, b"n+2\0\r\n\x1a\n"))
 _RGB24 = 128
 _LABEL_INTENT = 1002
 _CHUNK = 1 << 20
@@ -135,18 +137,17 @@ def _beginning(path: Path) -> bytes:
         raise UnreadableScan(f"{path.name}: no such file. Check the path.") from None
     except (OSError, EOFError, isal_zlib.error) as error:
         raise UnreadableScan(
-            f"{path.name}: expected a NIfTI file; its first bytes cannot be read ({error})."
+            f"{path.name}: expected a NIfTI file; its first bytes cannot be read ({_why(error)})."
         ) from error
 
 
 def _parsed(block: bytes, name: str) -> Nifti1Header:
     for byteorder, mark in (("little", "<"), ("big", ">")):
-        for kind, magic in ((Nifti1Header, {344: b"n+1\0"}), (Nifti2Header, {4: b"n+2\0\r\n\x1a\n"})):
+        for kind, start, magic in _MAGIC:
             length = kind.template_dtype.itemsize
             if int.from_bytes(block[:4], byteorder) != length or len(block) < length:
                 continue
-            ((start, expected),) = magic.items()
-            if block[start : start + len(expected)] == expected:
+            if block[start : start + len(magic)] == magic:
                 return kind(block[:length], endianness=mark, check=False)
             if block[start : start + 2] == b"ni":
                 raise UnreadableScan(
@@ -204,12 +205,17 @@ def _inflated(path: Path, layout: _Layout) -> Shaped[np.ndarray, "n"]:
             done += len(stream.read(1))
     except (OSError, EOFError, isal_zlib.error) as error:
         raise UnreadableScan(
-            f"{name}: its compressed bytes are damaged or cut short ({error}). Copy it again."
+            f"{name}: its compressed bytes are damaged or cut short ({_why(error)}). Copy it again."
         ) from error
     except MemoryError as error:
         raise DataError(f"{name}: needs {size / 2**30:.1f} GiB of memory, more than there is.") from error
     _same_size(name, done, size)
     return held[layout.offset :].view(layout.dtype)
+
+
+def _why(error: Exception) -> str:
+    """The reason without the path that the system's errors quote."""
+    return getattr(error, "strerror", None) or str(error)
 
 
 def _same_size(name: str, found: int, expected: int) -> None:
@@ -271,7 +277,7 @@ def _marked(scan: Scan, name: str) -> Shaped[np.ndarray, "c i j k"]:
 
 def _storable(voxels: Shaped[np.ndarray, "c i j k"], name: str) -> Shaped[np.ndarray, "c i j k"]:
     """The voxels in a little-endian type that every NIfTI reader knows."""
-    dtype = voxels.dtype
+    dtype = voxels.dtype.newbyteorder("=")
     if dtype.kind == "b":
         return voxels.view(np.uint8)
     if dtype in (np.int64, np.uint64):

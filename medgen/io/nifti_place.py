@@ -5,6 +5,7 @@ import math
 import numpy as np
 from jaxtyping import Float
 from nibabel.nifti1 import Nifti1Header
+from nibabel.quaternions import mat2quat, quat2mat
 from nibabel.spatialimages import HeaderDataError
 
 from medgen import log
@@ -14,6 +15,7 @@ from medgen.io.source import ReadOptions
 
 _MILLIMETRES = {0: 1.0, 1: 1000.0, 2: 1.0, 3: 0.001}
 _AGREE_MM = 0.01
+_ROUNDING = 3e-7  # of a quaternion's part in float32, and of the sform it is compared with
 
 
 def grid_of(
@@ -35,8 +37,8 @@ def grid_of(
     wanted = [options.xform] if codes.get(options.xform, 0) > 0 else [form for form in codes if codes[form] > 0]
     found = {form: np.diag([*[millimetres] * 3, 1.0]) @ _form(head, form, name) for form in wanted}
     if len(found) == 2:
-        apart = _apart(found["sform"], found["qform"], shape)
-        if not apart <= _AGREE_MM + _rounding(head, found["sform"], shape):
+        apart = _apart(found["sform"], _as_near(found["qform"], head, found["sform"]), shape)
+        if apart > _AGREE_MM:
             raise GeometryError(
                 f"{name}: expected sform and qform to agree within {_AGREE_MM} mm; they are {apart:.3g} mm apart. "
                 "Pass xform='sform' or xform='qform' to choose."
@@ -53,7 +55,7 @@ def place(head: Nifti1Header, grid: Grid, name: str) -> None:
     head.set_xyzt_units("mm", "sec")
     head.set_sform(grid.affine, code)
     head.set_qform(grid.affine, code)
-    if _apart(head.get_qform(), grid.affine, grid.shape) > _AGREE_MM + _rounding(head, grid.affine, grid.shape):
+    if _apart(_as_near(head.get_qform(), head, grid.affine), grid.affine, grid.shape) > _AGREE_MM:
         head["qform_code"] = 0
         log.note(f"{name}: its axes are not at right angles, so only the sform says where it is (qform_code 0).")
 
@@ -90,15 +92,24 @@ def _apart(one: np.ndarray, other: np.ndarray, shape: tuple[int, ...]) -> float:
     return float(apart) if np.isfinite(apart) else math.inf
 
 
-def _rounding(head: Nifti1Header, affine: np.ndarray, shape: tuple[int, ...]) -> float:
-    """How far off, in millimetres, a voxel may be because a qform stores three float32 and derives the fourth.
+def _as_near(qform: Float[np.ndarray, "4 4"], head: Nifti1Header, other: Float[np.ndarray, "4 4"]) -> np.ndarray:
+    """The qform, turned as `other` is turned where three float32 cannot tell the two turns apart.
 
-    Near half a turn the fourth is the root of a difference that rounding has eaten: 0.3 mm in a head.
+    A qform stores three parts of a quaternion and derives the fourth as the root of a difference; near
+    half a turn rounding eats it, which is up to 0.3 mm in a head and nobody's disagreement.
     """
-    square = max(0.0, 1.0 - sum(float(head[f"quatern_{part}"]) ** 2 for part in "bcd"))
-    lost = 2e-7  # three roundings of numbers below 1, doubled by squaring
-    radians = 2 * (math.sqrt(square + lost) - math.sqrt(max(0.0, square - lost)))
-    return radians * float(np.linalg.norm(affine[:3, :3], axis=0) @ np.asarray(shape))
+    handed = [1.0, 1.0, np.sign(np.linalg.det(qform[:3, :3]))]
+    spacing = np.linalg.norm(other[:3, :3], axis=0)
+    if not np.isfinite(qform).all() or not (np.isfinite(other).all() and spacing.all()):
+        return qform
+    turn = mat2quat(other[:3, :3] / spacing * handed)
+    held = np.array([float(head[f"quatern_{part}"]) for part in "bcd"])
+    half_a_turn = turn[0] < 1e-3  # where a quaternion and its negative are the same turn, nearly
+    if np.abs(held - turn[1:]).max() > _ROUNDING and not (half_a_turn and np.abs(held + turn[1:]).max() < _ROUNDING):
+        return qform
+    near = qform.copy()
+    near[:3, :3] = quat2mat(turn) * handed * np.linalg.norm(qform[:3, :3], axis=0)
+    return near
 
 
 __all__ = ["grid_of", "place"]
