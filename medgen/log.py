@@ -7,11 +7,12 @@ Library code calls `track` and `note`; nothing is printed until a front end inst
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Protocol, TypeVar, runtime_checkable
 
 T = TypeVar("T")
 
 
+@runtime_checkable
 class Reporter(Protocol):
     """What a front end implements to hear of progress."""
 
