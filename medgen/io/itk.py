@@ -123,8 +123,8 @@ def _fields(path: Path) -> tuple[int, dict[str, str]]:
     fields: dict[str, str] = {}
     end = 0
     while end < len(text):
-        line, _, _ = text[end:].partition(b"\n") if len(text) - end < 4096 else text[end : end + 65536].partition(b"\n")
-        end = min(end + len(line) + 1, len(text))
+        line = text[end : text.find(b"\n", end) + 1 or len(text)]
+        end += len(line)
         key, mark, value = line.decode("latin-1").partition(":" if nrrd else "=")
         if nrrd and not line.strip():
             break
