@@ -24,8 +24,11 @@ from medgen.scan import Header, Scale, Scan
 
 _FORMATS = ("PNG", "JPEG", "TIFF")
 _GREY = ("1", "L", "I", "F", "I;16", "I;16B", "I;16L", "I;16N")
-# What Pillow raises on damaged pictures; it has no base class for them.
-_BROKEN = (OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError, struct.error, zlib.error)
+# What Pillow raises (or warns of, where warnings are errors) on damaged pictures; it has no base class for them.
+_BROKEN = (
+    *(OSError, SyntaxError, ValueError, EOFError, TypeError, KeyError, IndexError),
+    *(struct.error, zlib.error, UserWarning),
+)
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # (bits, sample format: 1 unsigned, 2 signed, 3 float) of TIFFs that Pillow reads with their values intact.
 _TIFF_KINDS = {(1, 1), (4, 1), (8, 1), (16, 1), (16, 2), (32, 2), (32, 3)}
