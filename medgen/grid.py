@@ -212,7 +212,7 @@ class Grid:
         affine = self.affine.copy()
         affine[:3, :3] = self.direction * new
         affine[:3, 3] = self.centre - affine[:3, :3] @ ((shape - 1) / 2)
-        return Grid(tuple(shape), affine)
+        return Grid(tuple(int(n) for n in shape), affine)
 
     # -- as plain data -------------------------------------------------------------------------
 

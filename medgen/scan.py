@@ -38,7 +38,7 @@ class Scale:
         kind = np.float64 if stored.dtype == np.float64 else np.float32
         return stored.astype(kind) * kind(self.slope) + kind(self.intercept)
 
-    def stored(self, physical: np.ndarray | float) -> np.ndarray:
+    def stored(self, physical: np.ndarray | float) -> np.ndarray | float:
         """Stored values of physical ones, not rounded."""
         return (np.asarray(physical) - self.intercept) / self.slope
 
