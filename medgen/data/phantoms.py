@@ -182,11 +182,12 @@ _ILL = {
     101: (Lesion((-28.0, 18.0, 36.0), 15.0, 60.0),),
     102: (Lesion((30.0, -46.0, 30.0), 12.0, 215.0), Lesion((34.0, 26.0, 24.0), 9.0, 62.0)),
 }
+_NOBODY = "SYNTHETIC phantom, nobody's body"
 _README = """# Sample data: nobody's body
 
 Every scan here was computed by `medgen.data.phantoms.write_samples` from a few integers. No patient,
 volunteer or scanner was involved, and nothing was derived from anybody's image. Each file says so itself
-where its format can (DICOM: Synthetic Data = YES).
+in its header (DICOM: Synthetic Data = YES; NIfTI: its description).
 
 | folder | what it holds |
 |---|---|
@@ -225,16 +226,17 @@ def write_samples(folder: str | Path) -> list[Path]:
 
 
 def _write_heads(folder: Path) -> None:
-    from medgen.io import write
+    from medgen.io.nifti import write_nifti
 
     for name in ("heads", "heads_ill"):
         (folder / name).mkdir(parents=True)
     for seed in range(1, 65):
-        write(head(seed, shape=(32, 40, 32), spacing=5.5)[0], folder / "heads" / f"sub-{seed:03d}_T1w.nii.gz")
+        scan = head(seed, shape=(32, 40, 32), spacing=5.5)[0]
+        write_nifti(scan, folder / "heads" / f"sub-{seed:03d}_T1w.nii.gz", description=_NOBODY)
     for seed, lesions in _ILL.items():
         scan, mask = head(seed, shape=(32, 40, 32), spacing=5.5, lesions=lesions)
-        write(scan, folder / "heads_ill" / f"sub-{seed}_T1w.nii.gz")
-        write(mask, folder / "heads_ill" / f"sub-{seed}_T1w_mask.nii.gz")
+        write_nifti(scan, folder / "heads_ill" / f"sub-{seed}_T1w.nii.gz", description=_NOBODY)
+        write_nifti(mask, folder / "heads_ill" / f"sub-{seed}_T1w_mask.nii.gz", description=_NOBODY)
 
 
 def _write_dicom(folder: Path) -> None:

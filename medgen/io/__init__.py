@@ -23,6 +23,7 @@ _FORMATS = {"nifti": _NIFTI, "itk": _ITK, "raster": _RASTER, "npz": _NPZ}
 _NO_SCAN = re.compile(
     r"\.(txt|json|csv|tsv|md|rst|pdf|ya?ml|toml|xml|html?|log|py|ipynb|sh|m|mat|xlsx?|docx?|pptx?|bval|bvec|trk|tck|gii|pkl"
     r"|pt|pth|ckpt|safetensors|npy|h5|hdf5|db|sqlite|gif|svg|bmp|mp4|avi|lock|sha256|md5|cff|css|js|stl|obj|vtk|vtp|part)$"
+    r"|^(readme|licen[cs]e|copying|notice|authors|changes|changelog|sha256sums|md5sums?|makefile)$"
 )
 _DATA_OF_A_HEADER = (".raw", ".zraw", ".raw.gz")
 _PAIRS = (".hdr", ".img", ".hdr.gz", ".img.gz")
@@ -110,7 +111,7 @@ def write(scan: "medgen.scan.Scan", path: str | Path) -> None:
         DataError: the name has another extension.
     """
     path = Path(path)
-    match _format(path):
+    match format_of(path):
         case "nifti":
             from medgen.io.nifti import write_nifti
 
@@ -176,7 +177,7 @@ def _walk(folder: Path) -> list[Path]:
     return files
 
 
-def _format(path: Path) -> str:
+def format_of(path: Path) -> str:
     """The reader a file name calls for: a kind, 'none' for no scan, or 'dicom' where content must tell."""
     name = path.name.lower()
     for kind, endings in _FORMATS.items():
@@ -203,7 +204,7 @@ def _sorted_out(files: list[Path], place: Path, options: ReadOptions) -> Found:
     skipped: list[Skipped] = []
     offered: list[Path] = []
     for file in files:
-        match _format(file):
+        match format_of(file):
             case "none":
                 skipped.append(Skipped(str(file), _why_none(file)))
             case "dicom":
@@ -339,4 +340,4 @@ def _check_member(info: "zipfile.ZipInfo", path: Path) -> None:
         raise UnreadableScan(f"{path.name}: the zip is encrypted. Unpack it yourself and give the folder.")
 
 
-__all__ = ["Found", "ReadOptions", "Skipped", "Source", "find", "header", "opened", "read", "write"]
+__all__ = ["Found", "ReadOptions", "Skipped", "Source", "find", "format_of", "header", "opened", "read", "write"]

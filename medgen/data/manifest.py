@@ -1,0 +1,475 @@
+"""The table of a dataset: which scans there are, whose, of what, and which split each patient is in.
+
+The saved CSV is the record. A patient in it never moves; new patients are added around it.
+"""
+
+import csv
+import json
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from hashlib import sha256
+from itertools import chain
+from os.path import relpath
+from pathlib import Path
+
+from medgen.data.layout import RESERVED, Draft, arranged, draft, pieces, relative
+from medgen.data.splits import QUOTAS, SPLITS, assigned
+from medgen.errors import DataError, LeakageError
+from medgen.io import find, format_of
+from medgen.io.source import ReadOptions, Skipped, Source
+from medgen.log import note, track
+
+_COLUMNS = ("case", "patient", "path", "kind", "label", "mask", "domain", "split")
+_KINDS = ("nifti", "itk", "raster", "npz", "dicom")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One scan.
+
+    Args:
+        case: its name, unique in the table.
+        patient: whose it is; equal to `case` where nothing tells.
+        path: what `medgen.io.read` takes, relative to the root where it lies inside; several files that are the
+            channels of one case are joined by ';'.
+        kind: which reader it needs.
+        label: class, '' where there is none.
+        mask: path of the mask of findings, '' where there is none.
+        domain: modality, protocol or site.
+        covariates: anything else that is known, such as age and sex.
+        split: 'train', 'val', 'calibration', 'test' or ''.
+    """
+
+    case: str
+    patient: str
+    path: str
+    kind: str
+    label: str = ""
+    mask: str = ""
+    domain: str = ""
+    covariates: Mapping[str, str] = field(default_factory=dict)
+    split: str = ""
+
+    def __post_init__(self) -> None:
+        if not (self.case and self.patient and self.path):
+            raise DataError(
+                f"Each scan needs a case, a patient and a path; one is missing for {self.case or self.path}."
+            )
+        if self.split not in ("", *SPLITS):
+            raise DataError(f"{self.case}: a split is one of {', '.join(SPLITS)}, or empty; found {self.split!r}.")
+        if self.kind not in _KINDS:
+            raise DataError(f"{self.case}: a kind is one of {', '.join(_KINDS)}; found {self.kind!r}.")
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A dataset as a table; immutable.
+
+    Args:
+        rows: the scans.
+        skipped: what was found and left out, and why.
+        root: the folder that relative paths start from.
+
+    Raises:
+        DataError: two rows have one case name.
+        LeakageError: a patient is in two splits.
+
+    >>> table = Manifest((Row("a", "p", "a.nii.gz", "nifti", split="train"),), (), Path("data"))
+    >>> table.split("train").patients
+    ('p',)
+    """
+
+    rows: tuple[Row, ...]
+    skipped: tuple[Skipped, ...]
+    root: Path
+
+    def __post_init__(self) -> None:
+        if double := [case for case, times in Counter(row.case for row in self.rows).items() if times > 1]:
+            raise DataError(f"Each case name stands for one scan; {double[0]} appears more than once.")
+        first: dict[str, Row] = {}
+        for row in self.rows:
+            other = first.setdefault(row.patient, row)
+            if other.split != row.split:
+                raise LeakageError(
+                    f"{other.case} ({other.split or 'no split'}) and {row.case} ({row.split or 'no split'}) are of one "
+                    "patient. Give all scans of a patient the same split."
+                )
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Everybody, sorted."""
+        return tuple(sorted({row.patient for row in self.rows}))
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Classes there are, sorted, without the empty one."""
+        return tuple(sorted({row.label for row in self.rows} - {""}))
+
+    @property
+    def domains(self) -> tuple[str, ...]:
+        """Domains there are, sorted, without the empty one."""
+        return tuple(sorted({row.domain for row in self.rows} - {""}))
+
+    def split(self, name: str) -> "Manifest":
+        """The part of one split."""
+        return self.where(split=name)
+
+    def where(self, *, label: str | None = None, split: str | None = None, domain: str | None = None) -> "Manifest":
+        """The rows that agree with everything given."""
+        wanted = {"label": label, "split": split, "domain": domain}
+        rows = (row for row in self.rows if all(v is None or getattr(row, k) == v for k, v in wanted.items()))
+        return replace(self, rows=tuple(rows))
+
+    def locate(self, path: str) -> str:
+        """The full path of a row's `path` or `mask`, as `medgen.io.read` takes it."""
+        return ";".join(str(self.root / part) for part in path.split(";"))
+
+    def hash(self) -> str:
+        """sha256 of the rows in any order; the root does not matter, so a moved dataset keeps its hash."""
+        rows = sorted(json.dumps(_cells(row), sort_keys=True) for row in self.rows)
+        return sha256("\n".join(rows).encode()).hexdigest()
+
+    def summary(self) -> str:
+        """What there is, for people: scans and patients by domain, class and split, and what was left out."""
+        own = sum(row.patient == row.case and not row.patient.startswith("sub-") for row in self.rows)
+        lines = [f"{len(self.rows)} scans of {len(self.patients)} patients in {self.root.name or self.root}"]
+        if own:
+            lines.append(f"  nothing tells whose {own} of them are: each of these files counts as its own patient")
+        groups = sorted({(row.domain, row.label) for row in self.rows})
+        for domain, label in groups:
+            here = self.where(domain=domain, label=label)
+            counts = {name: len(here.split(name).patients) for name in (*SPLITS, "")}
+            shares = ", ".join(f"{name or 'no split'} {count}" for name, count in counts.items() if count)
+            named = ", ".join(part for part in (domain, label) if part) or "all"
+            lines.append(f"  {named}: {len(here)} scans; patients: {shares}")
+        if masks := sum(bool(row.mask) for row in self.rows):
+            lines.append(f"  {masks} scans have a mask")
+        reasons = Counter(skip.reason for skip in self.skipped)
+        lines += [f"  left out: {count} x {reason}" for reason, count in reasons.most_common(6)]
+        return "\n".join(lines)
+
+    def save(self, path: str | Path) -> None:
+        """Write the CSV, at once or not at all; it names the root relative to itself."""
+        from medgen.io.atomic import replacing
+
+        path = Path(path)
+        extra = sorted({name for row in self.rows for name in row.covariates})
+        root = _way(self.root, path.parent)
+        with replacing(path, force=True) as part, part.open("w", encoding="utf-8", newline="") as stream:
+            writer = csv.DictWriter(stream, [*_COLUMNS, *extra, "root"], lineterminator="\n", restval="")
+            writer.writeheader()
+            writer.writerows({**_cells(row), "root": root} for row in self.rows)
+
+    @classmethod
+    def load(cls, path: str | Path) -> "Manifest":
+        """Read what `save` wrote; files are not looked for.
+
+        Raises:
+            DataError: no such file, or not such a table.
+            LeakageError: a patient is in two splits.
+        """
+        root, lines = _table(Path(path))
+        if missing := set(_COLUMNS) - set(lines[0] if lines else _COLUMNS):
+            raise DataError(f"{Path(path).name}: expected a saved manifest; it lacks {', '.join(sorted(missing))}.")
+        rows = [Row(**{k: line[k] for k in _COLUMNS}, covariates=_extra(line)) for line in lines]
+        return cls(tuple(rows), (), root)
+
+
+def index(
+    path: str | Path,
+    options: ReadOptions = ReadOptions(),
+    *,
+    quotas: Mapping[str, float] = QUOTAS,
+    seed: int = 0,
+    known: Manifest | None = None,
+) -> Manifest:
+    """The table of a folder, a file, or a CSV with a column `path`.
+
+    Patients, ordered by sha256(seed, patient), fill the quotas of every class and domain. Of fewer than
+    four patients the first goes to train, the second to calibration, the third to test; a class that
+    small beside larger ones goes to test, calibration, train. Scans with identical files count as one
+    patient's, and move together. Official train/val/test parts (.npz, folders) are kept: 'val' becomes
+    calibration and a tenth of the training patients val, so that nothing held out has been trained on.
+
+    Args:
+        path: a folder (flat, nested, DICOM, classes, BIDS, nnU-Net, images/ with labels/), one scan,
+            an .npz, or a CSV with columns path[, case, patient, label, mask, domain, split, ...]; all
+            other columns are covariates.
+        options: how strict reading is.
+        quotas: share of each split.
+        seed: another number, another draw.
+        known: an earlier manifest of this data, whose patients keep their splits.
+
+    Raises:
+        DataError: nothing there, or no scans among it.
+        LeakageError: splits that are given put one patient, or copies of one file, in two places.
+        ConfigError: quotas make no sense.
+    """
+    path = Path(path)
+    if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
+        root, drafts, skipped = _from_csv(path, options)
+        _one_part(drafts, "but the table separates them. Give all scans of a patient the same split.")
+        given, official = {one.patient: one.split for one in drafts if one.split}, {}
+    else:
+        found = find(path, options)
+        if not found.sources:
+            raise DataError(_nothing(path, found.skipped))
+        base, _ = pieces(str(path))
+        root = Path(base) if Path(base).is_dir() else Path(base).parent
+        drafts, left_out = arranged(found.sources, root)
+        skipped = (*found.skipped, *left_out)
+        if not drafts:
+            raise DataError(f"{path.name}: {len(found.sources)} masks, but no scan they belong to.")
+        given, official = {}, {one.patient: one.split for one in drafts if one.split}
+        _one_part(drafts, "but the dataset's own parts separate them. Move all scans of a patient into one part.")
+    if known:
+        given = {row.patient: row.split for row in known.rows if row.split} | given
+    splits = _placed(drafts, given, official, options, quotas=quotas, seed=seed)
+    made = Manifest(tuple(_rows(drafts, splits)), tuple(skipped), root)
+    note(made.summary())
+    return made
+
+
+def _nothing(path: Path, skipped: Iterable[Skipped]) -> str:
+    endings = Counter(Path(skip.path).suffix.lower() or "no ending" for skip in skipped)
+    seen = ", ".join(f"{count} x {ending}" for ending, count in endings.most_common(5)) or "no files at all"
+    reasons = Counter(skip.reason for skip in skipped if skip.reason != "not a scan")
+    why = f" ({reasons.most_common(1)[0][0]})" if reasons else ""
+    return (
+        f"{path.name or path}: no scan found. Looked for NIfTI, NRRD/MetaImage, PNG/JPEG/TIFF, .npz and DICOM "
+        f"(by content); found {seen}{why}."
+    )
+
+
+def _one_part(drafts: Iterable[Draft], what_to_do: str) -> None:
+    """Refuse given splits that separate the scans of one patient."""
+    parts: dict[str, Draft] = {}
+    for one in drafts:
+        other = parts.setdefault(one.patient, one) if one.split else one
+        if other.split != one.split:
+            raise LeakageError(
+                f"{other.case} ({other.split}) and {one.case} ({one.split}) are of one patient, {what_to_do}"
+            )
+
+
+# -- splits ----------------------------------------------------------------------------------------
+
+
+def _placed(
+    drafts: list[Draft],
+    given: Mapping[str, str],
+    official: Mapping[str, str],
+    options: ReadOptions,
+    *,
+    quotas: Mapping[str, float],
+    seed: int,
+) -> dict[str, str]:
+    """A split for each patient; patients who share a file are placed as one."""
+    leader = _leaders(drafts, options)
+    members: dict[str, list[Draft]] = defaultdict(list)
+    for one in drafts:
+        members[leader[one.patient]].append(one)
+    strata = {
+        name: (tuple(sorted({one.label for one in ones})), tuple(sorted({one.domain for one in ones})))
+        for name, ones in members.items()
+    }
+    fixed: dict[str, str] = {}
+    learn: set[str] = set()
+    for name, ones in members.items():
+        told = {given[one.patient]: one.case for one in ones if one.patient in given}
+        if len(told) > 1:
+            (a, one), (b, other) = list(told.items())[:2]
+            raise LeakageError(
+                f"{one} ({a}) and {other} ({b}) hold copies of one file, or are of one patient. Remove one copy, or "
+                "give both the same split."
+            )
+        parts = {official[one.patient] for one in ones if one.patient in official}
+        if told:
+            fixed[name] = next(iter(told))
+        elif parts & {"val", "test"}:
+            fixed[name] = "test" if "test" in parts else "calibration"
+        elif parts:
+            learn.add(name)
+    rest = {name: stratum for name, stratum in strata.items() if name not in learn}
+    splits = assigned(rest, fixed, quotas=quotas, seed=seed)
+    if learn:
+        has_calibration = "calibration" in fixed.values()
+        shares = {"train": 0.9, "val": 0.1} if has_calibration else {"train": 0.7, "val": 0.1, "calibration": 0.2}
+        splits |= assigned({name: strata[name] for name in learn}, {}, quotas=shares, seed=seed)
+    return {patient: splits[name] for patient, name in leader.items()}
+
+
+def _leaders(drafts: list[Draft], options: ReadOptions) -> dict[str, str]:
+    """For each patient the first of all patients who are tied to them by identical files."""
+    leader = {one.patient: one.patient for one in drafts}
+
+    def top(patient: str) -> str:
+        while leader[patient] != patient:
+            patient = leader[patient]
+        return patient
+
+    for same in _copies(drafts, options):
+        first, *others = sorted({top(one.patient) for one in same})
+        for other in others:
+            leader[other] = first
+    return {patient: top(patient) for patient in leader}
+
+
+def _copies(drafts: list[Draft], options: ReadOptions) -> Iterable[list[Draft]]:
+    """Groups of scans made of identical bytes, found by size, then by their ends, then by all of it."""
+    collected = [one for one in drafts if one.source.kind == "npz"]
+    groups = [collected] if collected else []
+    by_size: dict[tuple[int, ...], list[Draft]] = defaultdict(list)
+    for one in drafts:
+        if one.source.kind != "npz":
+            by_size[tuple(file.stat().st_size for file in one.source.files)].append(one)
+    groups += by_size.values()
+    for look in (_glance, _digest):
+        split = []
+        for group in groups:
+            apart: dict[bytes, list[Draft]] = defaultdict(list)
+            for one in group if len(group) > 1 else ():
+                apart[look(one, options)].append(one)
+            split += [same for same in apart.values() if len(same) > 1]
+        groups = split
+    return groups
+
+
+def _glance(one: Draft, options: ReadOptions) -> bytes:
+    if one.source.kind == "npz":
+        return _digest(one, options)
+    ends = sha256()
+    for file in one.source.files:
+        with file.open("rb") as stream:
+            ends.update(stream.read(65536))
+            stream.seek(max(0, file.stat().st_size - 65536))
+            ends.update(stream.read(65536))
+    return ends.digest()
+
+
+def _digest(one: Draft, options: ReadOptions) -> bytes:
+    if one.source.kind == "npz":
+        from medgen.io import read
+
+        voxels = read(one.source, replace(options, colour=True)).voxels
+        return sha256(repr(voxels.shape).encode() + voxels.tobytes()).digest()
+    whole = sha256()
+    for file in one.source.files:
+        with file.open("rb") as stream:
+            while block := stream.read(2**20):
+                whole.update(block)
+    return whole.digest()
+
+
+def _rows(drafts: list[Draft], splits: Mapping[str, str]) -> Iterable[Row]:
+    for one in drafts:
+        yield Row(
+            case=one.case,
+            patient=one.patient,
+            path=one.path,
+            kind=one.source.kind,
+            label=one.label,
+            mask=one.mask,
+            domain=one.domain,
+            covariates=one.covariates,
+            split=splits.get(one.patient, one.split),
+        )
+
+
+# -- tables ----------------------------------------------------------------------------------------
+
+
+def _cells(row: Row) -> dict[str, str]:
+    return {**{name: getattr(row, name) for name in _COLUMNS}, **row.covariates}
+
+
+def _extra(line: Mapping[str, str]) -> dict[str, str]:
+    return {name: value for name, value in line.items() if name not in RESERVED and value}
+
+
+def _way(root: Path, start: Path) -> str:
+    """How to get from `start` to `root`; absolute where no relative way exists."""
+    try:
+        return Path(relpath(root.resolve(), start.resolve())).as_posix()
+    except ValueError:  # another drive
+        return root.resolve().as_posix()
+
+
+def _table(path: Path) -> tuple[Path, list[dict[str, str]]]:
+    """The root and the lines of a CSV or TSV."""
+    if not path.is_file():
+        raise DataError(f"{path.name}: no such file. Expected a CSV with a column 'path'.")
+    try:
+        with path.open(encoding="utf-8-sig", newline="") as stream:
+            reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
+            lines = [
+                {k.strip(): (v or "").strip() for k, v in line.items() if k and isinstance(v, str)} for line in reader
+            ]
+            columns = [name.strip() for name in reader.fieldnames or []]
+    except (UnicodeDecodeError, csv.Error) as error:
+        raise DataError(f"{path.name}: expected a CSV in UTF-8; it cannot be read as one.") from error
+    if "path" not in columns:
+        raise DataError(f"{path.name}: expected a column 'path'; found {', '.join(columns[:12]) or 'no header'}.")
+    roots = {line.get("root", "") for line in lines} - {""}
+    if len(roots) > 1:
+        raise DataError(f"{path.name}: one table has one root; found {len(roots)} in its column 'root'.")
+    return path.parent / (roots.pop() if roots else ""), lines
+
+
+def _from_csv(path: Path, options: ReadOptions) -> tuple[Path, list[Draft], list[Skipped]]:
+    """Drafts of a user's own table; what a column does not say is told by names and files."""
+    root, lines = _table(path)
+    if not lines:
+        raise DataError(f"{path.name}: the table has a header but no rows.")
+    seen: dict[str, tuple[Source, ...]] = {}
+    drafts = []
+    for number, line in enumerate(track(lines, "looking for files"), 2):
+        sources = [_source(root, part, seen, options) for part in line.get("path", "").split(";")]
+        if any(source is None for source in sources) or (line.get("mask") and not (root / line["mask"]).exists()):
+            raise DataError(f"{path.name}, line {number}: no such scan or mask. Paths start from {root.name or root}.")
+        whole = replace(sources[0], files=tuple(chain.from_iterable(source.files for source in sources)))
+        one = draft(whole, root)
+        one.path = ";".join(relative(source.path, root) for source in sources)
+        one.case = line.get("case", "")
+        one.patient = line.get("patient") or one.patient
+        one.label, one.mask = line.get("label", one.label), line.get("mask", "")
+        one.domain, one.split = line.get("domain", one.domain), line.get("split", "")
+        one.covariates = _extra(line)
+        drafts.append(one)
+    _fill_cases(drafts)
+    return root, drafts, []
+
+
+def _source(root: Path, part: str, seen: dict[str, tuple[Source, ...]], options: ReadOptions) -> Source | None:
+    """The one scan at a path of a table, None where there is none or more than one."""
+    base, fragment = pieces(part)
+    place = root / base
+    if not part.strip() or not place.exists():
+        return None
+    kind = "dicom" if place.is_dir() else format_of(place)
+    if kind in ("nifti", "itk", "raster"):
+        return Source(str(place), kind, (place,))
+    if base not in seen:
+        seen[base] = find(place, options).sources
+    whole = f"{place}#{fragment}" if fragment else str(place)
+    exact = [source for source in seen[base] if source.path == whole]
+    chosen = exact or [source for source in seen[base] if not fragment]
+    return chosen[0] if len(chosen) == 1 else None
+
+
+def _fill_cases(drafts: list[Draft]) -> None:
+    """Names for the cases that have none, each unique."""
+    taken = Counter(one.case for one in drafts if one.case)
+    for number, one in enumerate(drafts, 1):
+        if not one.case:
+            stem = one.stem if one.source.kind in ("nifti", "itk", "raster") and one.stem else f"row-{number}"
+            one.case = stem if not taken[stem] else f"{stem}-{number}"
+            taken[one.case] += 1
+        one.patient = one.patient or one.case
+
+
+__all__ = ["Manifest", "Row", "index"]
