@@ -3,7 +3,7 @@
 import os
 import re
 import stat
-import sys
+import tracemalloc
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +17,7 @@ from pydicom.datadict import DicomDictionary
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, MRImageStorage
+from validators import assert_conforms, assert_one_study, by_dcm2niix, read_by_simpleitk
 
 from medgen.errors import InconsistentSeries, OutputError, PrivacyError, UnreadableScan
 from medgen.grid import Grid
@@ -25,9 +26,6 @@ from medgen.io.dicom_origin import PATIENT_AND_STUDY
 from medgen.io.dicom_write import Provenance, write_series
 from medgen.io.privacy import Pseudonyms, new_uid
 from medgen.scan import Header, Scale, Scan
-
-sys.path.insert(0, str(Path(__file__).parent))
-from validators import assert_conforms, assert_one_study, by_dcm2niix, read_by_simpleitk
 
 KEY = b"a key for the tests, 24+"
 DERIVED = Provenance("Restored to its nearest healthy twin", model="vae3d", weights_sha256="cd" * 32, seed=1)
@@ -302,6 +300,66 @@ def test_slices_between_source_slices_refer_to_the_nearest(tmp_path, hostile):
     assert len(pydicom.dcmread(files[0]).SourceImageSequence) == 3
 
 
+@pytest.mark.parametrize(
+    ("charset", "name"),
+    [
+        ("ISO_IR 100", "Müller^Jürgen"),
+        ("ISO_IR 192", "Ωmega^Ñandú"),
+        (["", "ISO 2022 IR 87"], "Yamada^Tarou=山田^太郎"),
+    ],
+)
+def test_kept_names_survive_the_change_of_character_set(tmp_path, hostile, charset, name):
+    scan, source = hostile
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds = pydicom.dcmread(source[0])
+        # Only a fresh dataset encodes all its text anew.
+        plain = Dataset()
+        plain.file_meta = ds.file_meta
+        for keyword in ("SOPClassUID", "SOPInstanceUID", "StudyInstanceUID", "SeriesInstanceUID", "Rows", "PixelData"):
+            plain[keyword] = ds[keyword]
+        plain.SpecificCharacterSet, plain.PatientName, plain.PatientID = charset, name, "1"
+        pydicom.dcmwrite(tmp_path / "one.dcm", plain, enforce_file_format=True)
+    made = write_series(scan, tmp_path / "out", provenance=DERIVED, source=[tmp_path / "one.dcm"], identity="keep")
+    assert str(pydicom.dcmread(made[0]).PatientName) == name
+    assert_conforms(made)
+
+
+def radiograph(file: Path) -> Path:
+    """A digital X-ray: no place in a patient, spacing of the detector, MONOCHROME1."""
+    ds = Dataset()
+    ds.SOPClassUID, ds.SOPInstanceUID = pydicom.uid.DigitalXRayImageStorageForPresentation, UID + ".1"
+    ds.StudyInstanceUID, ds.SeriesInstanceUID, ds.Modality = UID + ".2", UID + ".3", "DX"
+    ds.PatientName, ds.PatientID, ds.BodyPartExamined, ds.ImagerPixelSpacing = TEXT, TEXT, "CHEST", [0.15, 0.2]
+    ds.BurnedInAnnotation, ds.LossyImageCompression, ds.LossyImageCompressionRatio = "NO", "01", 8
+    ds.SamplesPerPixel, ds.PhotometricInterpretation, ds.Rows, ds.Columns = 1, "MONOCHROME1", 6, 8
+    ds.BitsAllocated, ds.BitsStored, ds.HighBit, ds.PixelRepresentation = 16, 12, 11, 0
+    ds.PixelData = np.random.default_rng(0).integers(0, 4096, 48, np.uint16).tobytes()
+    ds.file_meta = FileMetaDataset()
+    ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
+    pydicom.dcmwrite(file, ds, enforce_file_format=True)
+    return file
+
+
+@pytest.mark.parametrize("identity", ["keep", "pseudonym"])
+def test_radiographs_come_out_as_they_went_in(tmp_path, identity):
+    source = radiograph(tmp_path / "in.dcm")
+    scan = read(source)
+    made = write_series(scan, tmp_path / "out", provenance=COPIED, source=[source], identity=identity)
+    assert_conforms(made)
+    ds, back = pydicom.dcmread(made[0]), read(tmp_path / "out")
+    assert (ds.PhotometricInterpretation, ds.LossyImageCompression, ds.LossyImageCompressionRatio) == (
+        "MONOCHROME1",
+        "01",
+        8,
+    )
+    assert ds.PixelSpacing == [0.15, 0.2]
+    assert "FrameOfReferenceUID" not in ds
+    np.testing.assert_array_equal(back.voxels, scan.voxels)
+    assert back.grid.close(scan.grid)
+    assert (hits(tmp_path / "out") == []) == (identity == "pseudonym")
+
+
 # -- pseudonyms --------------------------------------------------------------------------------
 
 
@@ -433,3 +491,37 @@ def test_a_kept_series_joins_the_study_of_its_source(tmp_path, shared_data, name
     for n, source in enumerate(find(shared_data / "dicom" / name).sources):
         made = write_series(read(source), tmp_path / str(n), provenance=DERIVED, source=source.files, identity="keep")
         assert_one_study([*source.files, *made])
+
+
+# -- other encodings of the source -------------------------------------------------------------
+
+
+def encoded(source: Path, folder: Path, how: str) -> Path:
+    """The same slice without preamble, deflated, or deflated with 64 MiB of zeros behind its pixels."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ds = pydicom.dcmread(source)
+        if how != "bare":
+            ds.file_meta.TransferSyntaxUID = pydicom.uid.DeflatedExplicitVRLittleEndian
+        if how == "bomb":
+            ds.add_new(0xFFFCFFFC, "OB", bytes(2**26))
+        pydicom.dcmwrite(folder / "one.dcm", ds, enforce_file_format=True)
+    if how == "bare":
+        content = (folder / "one.dcm").read_bytes()
+        (folder / "one.dcm").write_bytes(content[144 + int.from_bytes(content[140:144], "little") :])
+    return folder / "one.dcm"
+
+
+@pytest.mark.parametrize("how", ["bare", "deflated", "bomb"])
+def test_sources_in_odd_encodings_are_read_within_bounds(tmp_path, hostile, how):
+    scan, source = hostile
+    file = encoded(source[0], tmp_path, how)
+    tracemalloc.start()
+    try:
+        made = write_series(scan, tmp_path / "out", provenance=DERIVED, source=[file], identity="keep")
+        assert tracemalloc.get_traced_memory()[1] < 2**25
+    finally:
+        tracemalloc.stop()
+    ds = pydicom.dcmread(made[0])
+    assert ds.PatientName == TEXT
+    assert ds.SourceImageSequence[0].ReferencedSOPInstanceUID == f"{UID}.1"

@@ -4,8 +4,8 @@ Copying a whole header and deleting what looks private always forgets something.
 attributes are read at all, and only values that are valid for their kind are kept.
 """
 
+import io
 import re
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,9 +16,12 @@ from pydicom import dcmread
 from pydicom.datadict import dictionary_VR
 from pydicom.dataset import Dataset
 from pydicom.multival import MultiValue
+from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from medgen.errors import InconsistentSeries, UnreadableScan
+from medgen.io.dicom_elements import PARSE_FAULTS, quiet
+from medgen.io.dicom_file import deflated_body, inflate, open_file
 
 # The Patient and Study attributes a derived object shares with its source when identity is kept.
 PATIENT_AND_STUDY = (
@@ -124,9 +127,8 @@ def read_origin(files: Sequence[Path]) -> Origin:
         UnreadableScan: a file is no DICOM image, or its patient number or UIDs are not valid DICOM.
         InconsistentSeries: the files belong to several patients, studies or frames of reference.
     """
-    with warnings.catch_warnings():
-        # Real headers bend the rules in many small ways; what matters is checked below.
-        warnings.simplefilter("ignore")
+    # Real headers bend the rules in many small ways; what matters is checked below.
+    with quiet():
         headers = [_read(Path(file)) for file in files]
         first = headers[0]
         for keyword in ("PatientID", "StudyInstanceUID", "FrameOfReferenceUID"):
@@ -150,10 +152,17 @@ def read_origin(files: Sequence[Path]) -> Origin:
 
 def _read(file: Path) -> Dataset:
     tags = [*PATIENT_AND_STUDY, *_NUMBERS, *_CODES, *_PLACE]
+    # Refuses damaged and hostile files before anything else parses them.
+    opened = open_file(file, force=True)
     try:
-        header = dcmread(file, stop_before_pixels=True, specific_tags=tags, force=True)
+        stream: Path | io.BytesIO = file
+        if opened.syntax == DeflatedExplicitVRLittleEndian and opened.pixels:
+            # Left to itself pydicom inflates everything, however large.
+            head = inflate(deflated_body(file), opened.pixels[1], file.name)
+            stream = io.BytesIO(bytes(128) + b"DICM" + head)
+        header = dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
         uids = [str(header.get(keyword, "") or "") for keyword in _PLACE[:5]]
-    except (OSError, ValueError, KeyError, AttributeError, NotImplementedError, EOFError) as error:
+    except PARSE_FAULTS as error:
         raise UnreadableScan(f"{file.name}: cannot be read as DICOM. Give the files the scan was read from.") from error
     if not all(uids[:4]) or not all(_UID.fullmatch(uid) and len(uid) <= 64 for uid in uids if uid):
         raise UnreadableScan(

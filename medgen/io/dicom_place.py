@@ -4,6 +4,7 @@ import math
 from collections.abc import Callable
 
 import numpy as np
+from jaxtyping import Shaped
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 
@@ -47,7 +48,19 @@ def laid_out(scan: Scan, origin: Origin | None) -> Scan:
     if np.linalg.det(grid.affine[:3, :3]) < 0:
         grid = grid.flip(2)
     # Stored 0 is exact in every type, so the move changes no value and no type.
-    return scan.onto(grid, outside=scan.scale.intercept)
+    moved = scan.onto(grid, outside=scan.scale.intercept)
+    return moved.with_voxels(_slice_by_slice(moved.voxels))
+
+
+def _slice_by_slice(voxels: Shaped[np.ndarray, "c i j k"]) -> Shaped[np.ndarray, "c i j k"]:
+    """The same voxels in the order files hold them, where each slice is one block of memory."""
+    if voxels.transpose(0, 3, 2, 1).flags.c_contiguous:
+        return voxels
+    ordered = np.empty(voxels.transpose(0, 3, 2, 1).shape, voxels.dtype).transpose(0, 3, 2, 1)
+    # A few columns at a time stay in the cache: four times as fast as one long copy.
+    for i in range(0, voxels.shape[1], 32):
+        ordered[:, i : i + 32] = voxels[:, i : i + 32]
+    return ordered
 
 
 def plane(ds: Dataset, grid: Grid, frame: str, thickness: float | None) -> None:
