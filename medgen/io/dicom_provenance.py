@@ -67,7 +67,7 @@ def software_version() -> str:
     try:
         return version("medgen")
     except PackageNotFoundError:
-        return "unreleased"
+        return "dev"
 
 
 def equipment(ds: Dataset, provenance: Provenance) -> None:
