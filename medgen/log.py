@@ -19,10 +19,10 @@ class Reporter(Protocol):
     def note(self, message: str) -> None:
         """One sentence for the user."""
 
-    def start(self, what: str, total: float | None) -> object:
+    def start(self, what: str, total: float | int | None) -> object:
         """A piece of work begins; returns a handle."""
 
-    def advance(self, handle: object, amount: float, text: str) -> None:
+    def advance(self, handle: object, amount: float | int, text: str) -> None:
         """`amount` more is done; `text` is a short live figure such as a loss."""
 
     def stop(self, handle: object) -> None:
@@ -54,14 +54,14 @@ class Progress:
     def __init__(self, reporter: Reporter | None, handle: object) -> None:
         self._reporter, self._handle = reporter, handle
 
-    def advance(self, amount: float = 1, text: str = "") -> None:
+    def advance(self, amount: float | int = 1, text: str = "") -> None:
         """`amount` more is done."""
         if self._reporter:
             self._reporter.advance(self._handle, amount, text)
 
 
 @contextmanager
-def progress(what: str, total: float | None = None) -> Iterator[Progress]:
+def progress(what: str, total: float | int | None = None) -> Iterator[Progress]:
     """Report a piece of work of `total` units while the block runs."""
     reporter = _reporter.get()
     handle = reporter.start(what, total) if reporter else None
@@ -72,7 +72,7 @@ def progress(what: str, total: float | None = None) -> Iterator[Progress]:
             reporter.stop(handle)
 
 
-def track(items: Iterable[T], what: str, total: float | None = None) -> Iterator[T]:
+def track(items: Iterable[T], what: str, total: float | int | None = None) -> Iterator[T]:
     """Yield `items`, reporting one unit of progress for each.
 
     >>> sum(track([1, 2, 3], "adding"))
