@@ -13,6 +13,9 @@ from jaxtyping import Float
 
 from medgen.errors import GeometryError
 
+# Whole numbers are numbers too, which a checker of types at run time must be told.
+Numbers = Sequence[float | int] | np.ndarray
+
 _LPS = np.diag([-1.0, -1.0, 1.0, 1.0])
 
 
@@ -61,9 +64,9 @@ class Grid:
     # -- the two doors to LPS ------------------------------------------------------------------
 
     @classmethod
-    def from_lps(cls, shape: Sequence[int], affine: Float[np.ndarray, "4 4"]) -> "Grid":
+    def from_lps(cls, shape: Numbers, affine: Float[np.ndarray, "4 4"]) -> "Grid":
         """The grid of an affine given in LPS+ millimetres, as DICOM and ITK state it."""
-        return cls(tuple(shape), _LPS @ np.asarray(affine, dtype=np.float64))
+        return cls(_whole(shape), _LPS @ np.asarray(affine, dtype=np.float64))
 
     @property
     def lps(self) -> Float[np.ndarray, "4 4"]:
@@ -110,11 +113,11 @@ class Grid:
         cosines = self.direction.T @ self.direction - np.eye(3)
         return float(np.degrees(np.arcsin(np.clip(np.abs(cosines).max(), 0, 1))))
 
-    def world(self, ijk: Sequence[float] | np.ndarray) -> Float[np.ndarray, "*n 3"]:
+    def world(self, ijk: Numbers) -> Float[np.ndarray, "*n 3"]:
         """World positions (..., 3) in millimetres of voxel positions (..., 3)."""
         return np.asarray(ijk, dtype=np.float64) @ self.affine[:3, :3].T + self.affine[:3, 3]
 
-    def index(self, xyz: Sequence[float] | np.ndarray) -> Float[np.ndarray, "*n 3"]:
+    def index(self, xyz: Numbers) -> Float[np.ndarray, "*n 3"]:
         """Fractional voxel positions (..., 3) of world positions (..., 3) in millimetres."""
         return (np.asarray(xyz, dtype=np.float64) - self.affine[:3, 3]) @ np.linalg.inv(self.affine[:3, :3]).T
 
@@ -146,13 +149,13 @@ class Grid:
 
     # -- other grids ---------------------------------------------------------------------------
 
-    def patch(self, start: Sequence[int], shape: Sequence[int]) -> "Grid":
+    def patch(self, start: Numbers, shape: Numbers) -> "Grid":
         """The lattice window of `shape` that begins at voxel `start`; it may reach outside."""
         affine = self.affine.copy()
         affine[:3, 3] = self.world(start)
-        return Grid(tuple(shape), affine)
+        return Grid(_whole(shape), affine)
 
-    def crop(self, start: Sequence[int], shape: Sequence[int]) -> "Grid":
+    def crop(self, start: Numbers, shape: Numbers) -> "Grid":
         """The window of `shape` that begins at voxel `start` and lies inside.
 
         Raises:
@@ -162,12 +165,12 @@ class Grid:
             raise GeometryError(f"Crop of {tuple(shape)} at {tuple(start)} leaves the grid {self.shape}.")
         return self.patch(start, shape)
 
-    def pad(self, before: Sequence[int], after: Sequence[int]) -> "Grid":
+    def pad(self, before: Numbers, after: Numbers) -> "Grid":
         """The grid with `before` and `after` extra voxels along each axis."""
         shape = [b + n + a for b, n, a in zip(before, self.shape, after, strict=True)]
         return self.patch([-b for b in before], shape)
 
-    def centred(self, shape: Sequence[int]) -> "Grid":
+    def centred(self, shape: Numbers) -> "Grid":
         """The window of `shape` around the middle of this grid, on the same lattice."""
         return self.patch([(m - n) // 2 for m, n in zip(self.shape, shape, strict=True)], shape)
 
@@ -203,7 +206,7 @@ class Grid:
             grid = grid.flip(axis) if sign < 0 else grid
         return grid.permute([int(np.flatnonzero(moves[:, 0] == axis)[0]) for axis in range(3)])
 
-    def respaced(self, spacing: Sequence[float]) -> "Grid":
+    def respaced(self, spacing: Numbers) -> "Grid":
         """The grid with other `spacing` (mm) over the same field of view, about the same centre."""
         old, new = np.asarray(self.spacing), np.asarray(spacing, dtype=np.float64)
         if new.shape != (3,) or not (new > 0).all():
@@ -212,7 +215,7 @@ class Grid:
         affine = self.affine.copy()
         affine[:3, :3] = self.direction * new
         affine[:3, 3] = self.centre - affine[:3, :3] @ ((shape - 1) / 2)
-        return Grid(tuple(int(n) for n in shape), affine)
+        return Grid(_whole(shape), affine)
 
     # -- as plain data -------------------------------------------------------------------------
 
@@ -226,4 +229,9 @@ class Grid:
         return cls(tuple(data["shape"]), np.asarray(data["affine"], dtype=np.float64))
 
 
-__all__ = ["Grid"]
+def _whole(numbers: Numbers) -> tuple[int, ...]:
+    """Python's integers for numpy's; what is no whole number stays, for Grid to refuse."""
+    return tuple(int(n) if n == int(n) else n for n in numbers)
+
+
+__all__ = ["Grid", "Numbers"]

@@ -24,10 +24,10 @@ class Scale:
     [-1024.0, 0.0]
     """
 
-    slope: float = 1.0
-    intercept: float = 0.0
+    slope: float | int = 1.0
+    intercept: float | int = 0.0
     unit: str = ""
-    clip: tuple[float, float] | None = None
+    clip: tuple[float | int, float | int] | None = None
 
     def __post_init__(self) -> None:
         if not np.isfinite([self.slope, self.intercept]).all() or self.slope == 0:
@@ -38,11 +38,11 @@ class Scale:
         kind = np.float64 if stored.dtype == np.float64 else np.float32
         return stored.astype(kind) * kind(self.slope) + kind(self.intercept)
 
-    def stored(self, physical: np.ndarray | float) -> np.ndarray | float:
+    def stored(self, physical: np.ndarray | float | int) -> np.ndarray | float:
         """Stored values of physical ones, not rounded."""
         return (np.asarray(physical) - self.intercept) / self.slope
 
-    def normalised(self, low: float, high: float) -> "Scale":
+    def normalised(self, low: float | int, high: float | int) -> "Scale":
         """The Scale after stored values were mapped by (stored - low) / (high - low)."""
         return replace(self, slope=self.slope * (high - low), intercept=self.slope * low + self.intercept)
 
@@ -68,7 +68,7 @@ class Header:
     photometric: str = "MONOCHROME2"
     synthetic: bool = False
     lossy: bool = False
-    padding: float | None = None
+    padding: float | int | None = None
     channels: tuple[str, ...] = ()
 
 
@@ -137,7 +137,7 @@ class Scan:
         """The same scan with some header fields changed."""
         return replace(self, header=replace(self.header, **changes))
 
-    def onto(self, grid: Grid, *, outside: float) -> "Scan":
+    def onto(self, grid: Grid, *, outside: float | int) -> "Scan":
         """This scan on another grid: an exact copy where the lattices coincide, else one interpolation.
 
         Linear for images (after a Gaussian low-pass along every axis that gets coarser, with the
@@ -171,7 +171,7 @@ class Scan:
             put.append(slice(first, last))
         covered = all(part == slice(0, length) for part, length in zip(put, grid.shape, strict=True))
 
-        def moved(values: np.ndarray, fill: float, dtype: np.dtype) -> np.ndarray:
+        def moved(values: np.ndarray, fill: float | int, dtype: np.dtype) -> np.ndarray:
             lead = values.ndim - 3
             turned = values.transpose(*range(lead), *[lead + old for old in order])
             taken = turned[(..., *[slice(None, None, step) for step in steps])][(..., *take)]
@@ -231,7 +231,7 @@ def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
     return rounded if furthest.max() < _LATTICE_TOLERANCE and error[:3, :3].max() < 1e-2 else None
 
 
-def _holding(dtype: np.dtype, value: float) -> tuple[np.dtype, float]:
+def _holding(dtype: np.dtype, value: float | int) -> tuple[np.dtype, float | int]:
     """The type, floating if it must be, that holds `value`, and the value as that type holds it."""
     if np.issubdtype(dtype, np.floating):
         return dtype, value
@@ -260,7 +260,7 @@ def _smooth(values: np.ndarray, sigma: Sequence[float]) -> np.ndarray:
     return gaussian_filter(values, sigma, mode="nearest")
 
 
-def _resample(values: np.ndarray, matrix: np.ndarray, shape: Sequence[int], fill: float, how: str) -> np.ndarray:
+def _resample(values: np.ndarray, matrix: np.ndarray, shape: Sequence[int], fill: float | int, how: str) -> np.ndarray:
     """Sample `values` (i, j, k) at matrix @ target index; SimpleITK works in plain index space here."""
     import SimpleITK
 

@@ -12,3 +12,10 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip("the real scans are not there (../shared/data beside the checkout)")
     return folder
+
+
+@pytest.fixture
+def unchecked_types(request: pytest.FixtureRequest) -> None:
+    """For tests that pass arguments of a wrong shape: with --jaxtyping-packages the checker refuses them first."""
+    if request.config.getoption("--jaxtyping-packages", default=None):
+        pytest.skip("run-time type checking is on, and refuses these arguments before medgen does")

@@ -131,7 +131,7 @@ def test_moving_to_another_orientation_moves_no_mark() -> None:
     scan = Scan(marked()[None], Grid(SHAPE, CASES["oblique, RAS"]))
     truth = place_of_mark(scan)
     for letters in {name.split(", ")[-1] for name in CASES}:
-        turned = scan.onto(scan.grid.reorient(letters), outside=0)
+        turned = scan.onto(scan.grid.reorient(letters), outside=0.0)
         np.testing.assert_allclose(place_of_mark(turned), truth, atol=1e-9)
         assert turned.grid.axcodes == letters
 
@@ -162,5 +162,5 @@ def test_resampling_agrees_with_simpleitk_in_world_space() -> None:
         (lps[:3, :3] / target.spacing).ravel().tolist(),
         -5.0,
     )
-    ours = Scan(values[None], source).onto(target, outside=-5)
+    ours = Scan(values[None], source).onto(target, outside=-5.0)
     np.testing.assert_allclose(ours.voxels[0], SimpleITK.GetArrayFromImage(truth).T, atol=1e-5)

@@ -124,7 +124,7 @@ def test_world_and_index_undo_each_other(grid: Grid, place: tuple) -> None:
     np.testing.assert_allclose(grid.index(grid.world(place)), place, atol=1e-6)
     by_hand = grid.affine @ [*place, 1]
     np.testing.assert_allclose(grid.world(place), by_hand[:3], atol=1e-9)
-    np.testing.assert_allclose(grid.world([place, place]), [by_hand[:3]] * 2, atol=1e-9)
+    np.testing.assert_allclose(grid.world(np.array([place, place])), [by_hand[:3]] * 2, atol=1e-9)
 
 
 @given(grids())
@@ -210,6 +210,7 @@ def test_a_built_grid_cannot_change() -> None:
 SINGULAR = np.array([[1.0, 1, 0, 0], [1, 1, 0, 0], [0, 0, 1, 0], [0, 0, 0, 1]])
 
 
+@pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("shape", "affine", "says"),
     [

@@ -60,7 +60,7 @@ def field(name: str, value: object, at: int | None = None) -> Callable[[np.ndarr
     return change
 
 
-class Listener:
+class Listener(log.Reporter):
     """Keeps the notes."""
 
     def __init__(self) -> None:
@@ -159,7 +159,7 @@ def test_an_uncompressed_file_is_mapped_not_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("slope", "inter", "expected"),
     [
-        (2.0, -1024.0, Scale(2, -1024)),
+        (2.0, -1024.0, Scale(2.0, -1024.0)),
         (0, 7, Scale()),
         (np.nan, 7, Scale()),
         (np.inf, 0, Scale()),
@@ -586,7 +586,7 @@ def test_a_planar_scan_and_a_label_come_back(tmp_path: Path) -> None:
 def test_unmeasured_voxels_are_marked(tmp_path: Path, notes: list[str]) -> None:
     valid = np.ones(SHAPE, dtype=bool)
     valid[0] = False
-    padded = write_nifti(scan_of(valid=valid, header=Header(padding=-2000)), tmp_path / "a.nii")
+    padded = write_nifti(scan_of(valid=valid, header=Header(padding=-2000.0)), tmp_path / "a.nii")
     assert (np.asarray(nib.load(padded).dataobj)[0] == -2000).all()
     floats = write_nifti(scan_of(values(dtype=np.float32)[None], valid=valid), tmp_path / "b.nii")
     assert np.isnan(np.asarray(nib.load(floats).dataobj)[0]).all()
@@ -674,7 +674,7 @@ def test_a_full_disk_leaves_nothing_and_what_stood_there_stays(ending: str, tmp_
 def test_writing_over_the_file_that_was_read(tmp_path: Path) -> None:
     path = saved(tmp_path / "a.nii")
     scan = read_nifti(path)
-    write_nifti(scan.onto(scan.grid.flip(0), outside=0), path)
+    write_nifti(scan.onto(scan.grid.flip(0), outside=0.0), path)
     np.testing.assert_array_equal(read_nifti(path).voxels[0], values()[::-1])
     np.testing.assert_array_equal(scan.voxels[0], values())
 
