@@ -3,6 +3,8 @@
 import contextlib
 import io
 import os
+import resource
+import signal
 import struct
 import zlib
 from collections.abc import Callable
@@ -482,6 +484,25 @@ def test_the_same_collection_gives_the_same_bytes(collection: Path, tmp_path: Pa
         tmp_path / "b.npz", {s: arrays[f"{s}_images"] for s in splits}, {s: arrays[f"{s}_labels"] for s in splits}
     )
     assert again.read_bytes() == collection.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.png", "a.npz"])
+def test_a_full_disk_leaves_nothing(name: str, tmp_path: Path) -> None:
+    noise, path = pixels((700, 700)), tmp_path / name
+    write = {
+        "a.png": lambda: write_raster(planar(noise), path),
+        "a.npz": lambda: write_npz(path, {"train": noise[None]}, {"train": np.zeros(1)}),
+    }[name]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    previous = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        with pytest.raises(OutputError, match=name):
+            write()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, previous)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_real_collections(shared_data: Path) -> None:
