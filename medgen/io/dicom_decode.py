@@ -68,6 +68,9 @@ class PixelReader:
     def __init__(self, file: DicomFile, *, colour: bool = False) -> None:
         self.file, self.layout, self.colour = file, file.layout, colour
         check_syntax(file)
+        if file.syntax not in NATIVE:
+            # Compressed frames are counted here, so that nobody allocates for frames that are not there.
+            self._fragments = _fragments(file)
 
     def read(self, index: int, out: Integer[np.ndarray, "rows columns *samples"]) -> None:
         """Put the stored values of frame `index` into `out`, of `layout.dtype`, unused bits and all."""
@@ -75,7 +78,7 @@ class PixelReader:
             out[...] = self._coloured(self._bytes(index))
         elif self.file.syntax not in NATIVE:
             out[...] = self._decoded(self._bytes(index), raw=True)
-        elif self.file.deflated or not out.flags.c_contiguous:
+        elif self.file.deflated or self.layout.swapped or not out.flags.c_contiguous:
             out[...] = np.frombuffer(self._bytes(index), self._stored_dtype).reshape(out.shape)
         else:
             with self.file.path.open("rb", buffering=0) as stream:
@@ -102,34 +105,13 @@ class PixelReader:
         if not self.file.deflated:
             with self.file.path.open("rb") as stream:
                 stream.seek(self.layout.offset)
-                return stream.read(size)
+                content = stream.read(size + size % 2)
+            return np.frombuffer(content, np.uint16).byteswap().tobytes() if self.layout.swapped else content
         compressed = deflated_body(self.file.path)
-        if size > max(_BOMB_BYTES, _BOMB_RATIO * len(compressed)):
-            raise UnreadableScan(
-                f"{self.file.name}: {len(compressed)} bytes claim to inflate to {size}. Refused: a decompression bomb."
-            )
         content = inflate(compressed, self.layout.offset + size, self.file.name)[self.layout.offset :]
         if len(content) < size:
             raise UnreadableScan(f"{self.file.name}: truncated. {size} bytes of pixels expected, {len(content)} found.")
         return content
-
-    @cached_property
-    def _fragments(self) -> list[bytes]:
-        """The compressed bytes of each frame."""
-        from pydicom.encaps import generate_frames
-
-        with self.file.path.open("rb") as stream:
-            stream.seek(self.layout.offset)
-            content = stream.read()
-        try:
-            frames = list(generate_frames(content, number_of_frames=self.layout.frames))
-        except (*_DECODER_FAULTS, EOFError) as fault:
-            raise UnreadableScan(f"{self.file.name}: the compressed pixel data are damaged or truncated.") from fault
-        if len(frames) < self.layout.frames:
-            raise UnreadableScan(
-                f"{self.file.name}: {self.layout.frames} frames expected, {len(frames)} found. It is damaged."
-            )
-        return frames
 
     def _decoded(self, frame: bytes, *, raw: bool) -> np.ndarray:
         """One frame through the decoder of its transfer syntax; `raw` leaves colours as they are stored."""
@@ -185,6 +167,24 @@ class PixelReader:
         return coloured >> 8 if coloured.dtype == np.uint16 else coloured
 
 
+def _fragments(file: DicomFile) -> list[bytes]:
+    """The compressed bytes of each frame."""
+    from pydicom.encaps import generate_frames
+
+    with file.path.open("rb") as stream:
+        stream.seek(file.layout.offset)
+        content = stream.read()
+    try:
+        frames = list(generate_frames(content, number_of_frames=file.layout.frames))
+    except (*_DECODER_FAULTS, EOFError) as fault:
+        raise UnreadableScan(f"{file.name}: the compressed pixel data are damaged or truncated.") from fault
+    if len(frames) < file.layout.frames:
+        raise UnreadableScan(
+            f"{file.name}: {file.layout.frames} frames expected, {len(frames)} found. The file is damaged."
+        )
+    return frames
+
+
 def frame_bytes(layout: Layout) -> int:
     """Bytes of one uncompressed frame."""
     size = layout.rows * layout.columns * layout.samples * layout.allocated // 8
@@ -205,6 +205,10 @@ def check_syntax(file: DicomFile) -> None:
                 f"{file.name}: {layout.rows} x {layout.columns} pixels, {layout.frames} frames, need {expected} bytes; "
                 f"Pixel Data has {layout.length or 'no stated length'}. It is truncated or damaged; export it again."
             )
+        if file.deflated and expected > max(_BOMB_BYTES, _BOMB_RATIO * file.path.stat().st_size):
+            raise UnreadableScan(
+                f"{file.name}: {file.path.stat().st_size} bytes claim to inflate to {expected}: a decompression bomb."
+            )
         if layout.length >= expected + frame_bytes(layout) and layout.length > expected + 1:
             raise UnreadableScan(
                 f"{file.name}: Pixel Data has {layout.length} bytes, the header describes {expected}. "
@@ -214,7 +218,8 @@ def check_syntax(file: DicomFile) -> None:
     from pydicom.pixels import get_decoder
 
     try:
-        plugins = get_decoder(syntax).available_plugins
+        with quiet():
+            plugins = get_decoder(syntax).available_plugins
     except NotImplementedError as fault:
         raise UnreadableScan(
             f"{file.name}: transfer syntax {printable_uid(syntax)} is not supported. "

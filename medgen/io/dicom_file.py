@@ -10,19 +10,21 @@ import io
 import struct
 import zlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-from pydicom.filereader import read_partial
+from pydicom.filereader import read_dataset
 from pydicom.tag import BaseTag
-from pydicom.uid import UID
+from pydicom.uid import UID_dictionary
 
 from medgen.errors import UnreadableScan
 from medgen.io.dicom_elements import PARSE_FAULTS, WANTED, Elements, quiet
 
 _PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _DEFLATED = "1.2.840.10008.1.2.1.99"
+_IMPLICIT = "1.2.840.10008.1.2"
 _BIG_ENDIAN = "1.2.840.10008.1.2.2"
 # Headers are read in growing gulps; the first holds nearly every single-frame header.
 _GULPS = (2**16, 2**20, 2**24, 2**27)
@@ -34,7 +36,7 @@ class Layout:
     """How the pixels of one file are stored, checked against each other.
 
     `offset` is where the value of Pixel Data begins (in the inflated stream of a deflated file), `length` its stated
-    length, None where it is encapsulated in fragments.
+    length, None where it is encapsulated in fragments. `swapped` bytes are stored in pairs, the second first.
     """
 
     rows: int
@@ -48,6 +50,7 @@ class Layout:
     planar: int
     offset: int
     length: int | None
+    swapped: bool = False
 
     @property
     def dtype(self) -> np.dtype:
@@ -66,22 +69,44 @@ class Layout:
 
 
 @dataclass(frozen=True)
+class PixelElement:
+    """Where the pixels of a file begin.
+
+    `offset` is where the value starts, `length` what the element states (0xFFFFFFFF: undefined), `stream` how many
+    bytes there are to read from (None: a deflated file, nobody knows yet), `words` whether it is stored as words.
+    """
+
+    tag: int
+    offset: int
+    length: int
+    stream: int | None
+    words: bool
+
+
+@dataclass(frozen=True)
 class DicomFile:
     """One parsed file: the wanted elements, the transfer syntax and where its pixels begin.
 
-    `pixels` is (tag, offset, stated length, size of the readable stream); None where the file ends before them.
+    `is_program` tells that the preamble, which carries nothing, begins like an executable.
+    `pixels` is None where the file ends before them.
     """
 
     path: Path
     elements: Elements
     syntax: str
     sop_class: str
-    pixels: tuple[int, int, int, int | None] | None
+    pixels: PixelElement | None
+    is_program: bool = False
 
     @property
     def name(self) -> str:
         """The file's name, for messages."""
         return self.path.name
+
+    @property
+    def kind(self) -> str:
+        """The standard's name for this sort of object, such as 'CT Image Storage'; '' for private sorts."""
+        return UID_dictionary.get(self.sop_class, ("",))[0]
 
     @property
     def deflated(self) -> bool:
@@ -97,7 +122,7 @@ class DicomFile:
     def is_multiframe(self) -> bool:
         """Whether the file is of the kind that holds a volume by itself."""
         many = (self.elements.number("NumberOfFrames") or 1) > 1
-        return many or "Enhanced" in UID(self.sop_class).name or "PerFrameFunctionalGroupsSequence" in self.elements
+        return many or "Enhanced" in self.kind or "PerFrameFunctionalGroupsSequence" in self.elements
 
     @property
     def is_localizer(self) -> bool:
@@ -111,7 +136,7 @@ class DicomFile:
         issuer = self.elements.raw("IssuerOfPatientID").strip(b" \0")
         return "p" + hashlib.sha256(identity + issuer).hexdigest()[:10] if identity else ""
 
-    @property
+    @cached_property
     def layout(self) -> Layout:
         """How the pixels are stored.
 
@@ -136,9 +161,7 @@ def inflate(compressed: bytes, limit: int, name: str) -> bytes:
 def deflated_body(path: Path) -> bytes:
     """The compressed part of a deflated file: all that follows the file meta group."""
     content = path.read_bytes()
-    if content[132:140] != b"\x02\x00\x00\x00UL\x04\x00":
-        raise UnreadableScan(f"{path.name}: a deflated file must state the length of its file meta group; it does not.")
-    return content[144 + struct.unpack("<I", content[140:144])[0] :]
+    return content[_meta(content).end :]
 
 
 def looks_like_dicom(start: bytes) -> str:
@@ -168,11 +191,46 @@ def open_file(path: Path, *, force: bool = False) -> DicomFile:
                     looks_like_dicom(start) == "maybe"
                 )
                 raise UnreadableScan(f"{path.name}: not a DICOM file ('DICM' expected at byte 128).{hint}")
-            if _DEFLATED.encode() + b"\0" in start[132:2048]:
-                return _open_deflated(path)
-            return _parse_growing(path, lambda n: start if n <= len(start) else _head(stream, n), size, force)
+            if _meta(start).syntax == _DEFLATED:
+                opened = _open_deflated(path)
+            else:
+                opened = _parse_growing(path, lambda n: start if n <= len(start) else _head(stream, n), size)
+            return replace(opened, is_program=start[:2] == b"MZ" or start[:4] == b"\x7fELF")
     except OSError as fault:
         raise UnreadableScan(f"{path.name}: cannot be opened ({fault.strerror or 'read error'}).") from fault
+
+
+@dataclass(frozen=True)
+class _Meta:
+    """What the file meta group says, and where the dataset behind it begins."""
+
+    syntax: str
+    media_class: str
+    end: int
+
+
+def _meta(start: bytes) -> _Meta:
+    """The file meta group, always explicit little endian; empty where there is none."""
+    at = 132 if start[128:132] == b"DICM" else 0
+    found = {b"\x02\x00": "", b"\x10\x00": ""}
+    while start[at : at + 2] == b"\x02\x00" and at + 12 <= len(start):
+        long = start[at + 4 : at + 6] in (b"OB", b"OW", b"UN", b"UT", b"SQ")
+        value = at + (12 if long else 8)
+        end = value + struct.unpack_from("<I" if long else "<H", start, value - (4 if long else 2))[0]
+        element = start[at + 2 : at + 4]
+        if element in found:
+            found[element] = start[value:end].strip(b" \0").decode("latin-1")
+        at = end
+    return _Meta(found[b"\x10\x00"], found[b"\x02\x00"], at)
+
+
+def _encoding(meta: _Meta, start: bytes) -> tuple[bool, bool]:
+    """Whether the dataset has implicit types, and whether its low bytes come first."""
+    if meta.syntax:
+        return meta.syntax == _IMPLICIT, meta.syntax != _BIG_ENDIAN
+    # Without a stated syntax the first element tells: two capitals are an explicit type, and the first group is small.
+    group, kind = start[meta.end : meta.end + 2], start[meta.end + 4 : meta.end + 6]
+    return not (kind.isalpha() and kind.isupper()), group[:1] != b"\0" or group == b"\0\0"
 
 
 def _head(stream: io.BufferedReader, count: int) -> bytes:
@@ -182,27 +240,33 @@ def _head(stream: io.BufferedReader, count: int) -> bytes:
 
 def _open_deflated(path: Path) -> DicomFile:
     compressed = deflated_body(path)
-    # Behind a blank preamble the inflated dataset is an ordinary explicit little endian file.
+    # Behind the 'DICM' mark the inflated dataset is an ordinary explicit little endian file.
     prefix = bytes(128) + b"DICM"
-    opened = _parse_growing(path, lambda n: prefix + inflate(compressed, n - len(prefix), path.name), None, True)
+    opened = _parse_growing(path, lambda n: prefix + inflate(compressed, n - len(prefix), path.name), None)
     pixels = opened.pixels
     if pixels is not None:
-        pixels = (pixels[0], pixels[1] - len(prefix), pixels[2], None)
+        pixels = replace(pixels, offset=pixels.offset - len(prefix), stream=None)
     return DicomFile(path, opened.elements, _DEFLATED, opened.sop_class, pixels)
 
 
-def _parse_growing(path: Path, head: Callable[[int], bytes], size: int | None, force: bool) -> DicomFile:
+def _parse_growing(path: Path, head: Callable[[int], bytes], size: int | None) -> DicomFile:
     """Parse ever longer heads until Pixel Data, or the end of the file, is in it."""
     for gulp in _GULPS:
         start = head(gulp)
         whole = len(start) < gulp or (size is not None and len(start) >= size)
-        parsed = _parse(path, start, size, force)
+        try:
+            parsed = _parse(path, start, size)
+        except UnreadableScan:
+            # A sequence may be cut by the end of the gulp rather than damaged.
+            if whole or gulp == _GULPS[-1]:
+                raise
+            continue
         if parsed.pixels is not None or whole:
             return parsed
     raise UnreadableScan(f"{path.name}: the header is longer than {_GULPS[-1] >> 20} MiB. This is no image to read.")
 
 
-def _parse(path: Path, start: bytes, size: int | None, force: bool) -> DicomFile:
+def _parse(path: Path, start: bytes, size: int | None) -> DicomFile:
     seen = 0
 
     def stop(tag: BaseTag, _vr: str | None, _length: int) -> bool:
@@ -212,44 +276,44 @@ def _parse(path: Path, start: bytes, size: int | None, force: bool) -> DicomFile
             raise UnreadableScan(f"{path.name}: more than {_MOST_ELEMENTS} header elements. The file is damaged.")
         return tag in _PIXELS
 
+    meta = _meta(start)
+    implicit, little = _encoding(meta, start)
     buffer = io.BytesIO(start)
+    buffer.seek(meta.end)
     try:
         with quiet():
-            dataset = read_partial(buffer, stop, force=force, specific_tags=WANTED)
-        meta = dataset.file_meta
-        syntax, media = (str(meta.get(key) or "") for key in ("TransferSyntaxUID", "MediaStorageSOPClassUID"))
+            dataset = read_dataset(buffer, implicit, little, stop_when=stop, specific_tags=WANTED)
     except RecursionError as fault:
         raise UnreadableScan(f"{path.name}: sequences are nested too deep. The file is damaged or hostile.") from fault
     except PARSE_FAULTS as fault:
         raise UnreadableScan(f"{path.name}: the DICOM header is damaged. Copy or export the file again.") from fault
     elements = Elements(dataset, path.name)
-    if not syntax and dataset.original_encoding == (False, False):
-        syntax = _BIG_ENDIAN
-    pixels = _pixel_element(start, buffer.tell(), size, syntax == _BIG_ENDIAN)
-    return DicomFile(path, elements, syntax, elements.uid("SOPClassUID") or media, pixels)
+    pixels = _pixel_element(start, buffer.tell(), size, little)
+    syntax = meta.syntax or ("" if little else _BIG_ENDIAN)
+    return DicomFile(path, elements, syntax, elements.uid("SOPClassUID") or meta.media_class, pixels)
 
 
-def _pixel_element(start: bytes, at: int, size: int | None, big: bool) -> tuple[int, int, int, int | None] | None:
-    """Tag, value offset, stated length and stream size of the pixel element at `at`; None if there is none."""
-    order = ">" if big else "<"
+def _pixel_element(start: bytes, at: int, size: int | None, little: bool) -> PixelElement | None:
+    """The pixel element that begins at `at`, None if there is none."""
+    order = "<" if little else ">"
     if len(start) < at + 12:
         return None
     group, element = struct.unpack_from(f"{order}HH", start, at)
     if (group << 16 | element) not in _PIXELS:
         return None
-    # An implicit length is even, so its low bytes are never the letters of OB, OW, OF, OD or UN... except OD and OF,
-    # which no image medgen reads has.
-    if start[at + 4 : at + 6] in (b"OB", b"OW", b"UN", b"OF", b"OD"):
-        return group << 16 | element, at + 12, struct.unpack_from(f"{order}I", start, at + 8)[0], size
-    return group << 16 | element, at + 8, struct.unpack_from(f"{order}I", start, at + 4)[0], size
+    # Without an explicit type these bytes are the low end of a length, which is even; the letters O and U are odd.
+    kind = start[at + 4 : at + 6]
+    head = 12 if kind in (b"OB", b"OW", b"UN", b"OF", b"OD") else 8
+    length = struct.unpack_from(f"{order}I", start, at + head - 4)[0]
+    return PixelElement(group << 16 | element, at + head, length, size, kind == b"OW")
 
 
 def _layout(file: DicomFile) -> Layout:
     name, elements = file.name, file.elements
     if file.pixels is None:
         raise UnreadableScan(f"{name}: the file ends before its pixels. It is truncated; copy or export it again.")
-    tag, offset, stated, size = file.pixels
-    if tag != 0x7FE00010:
+    element = file.pixels
+    if element.tag != 0x7FE00010:
         raise UnreadableScan(f"{name}: floating point pixel data; medgen reads integer images.")
     samples = elements.whole("SamplesPerPixel", 1)
     layout = Layout(
@@ -262,8 +326,9 @@ def _layout(file: DicomFile) -> Layout:
         signed=elements.whole("PixelRepresentation") == 1,
         photometric=elements.code("PhotometricInterpretation") or ("MONOCHROME2" if samples == 1 else "RGB"),
         planar=elements.whole("PlanarConfiguration", 0),
-        offset=offset,
-        length=None if stated == 0xFFFFFFFF else stated,
+        offset=element.offset,
+        length=None if element.length == 0xFFFFFFFF else element.length,
+        swapped=element.words and file.big_endian and elements.whole("BitsAllocated") == 8,
     )
     if min(layout.rows, layout.columns) < 1 or samples not in (1, 3):
         raise UnreadableScan(f"{name}: {layout.rows} rows x {layout.columns} columns x {samples} samples is no image.")
@@ -273,9 +338,10 @@ def _layout(file: DicomFile) -> Layout:
         raise UnreadableScan(f"{name}: {layout.stored} bits stored in {layout.allocated} allocated is impossible.")
     if elements.whole("HighBit", layout.stored - 1) != layout.stored - 1:
         raise UnreadableScan(f"{name}: HighBit must be {layout.stored - 1} for {layout.stored} bits stored; it is not.")
-    if layout.length is not None and size is not None and offset + layout.length > size:
+    held = None if element.stream is None else element.stream - element.offset
+    if layout.length is not None and held is not None and layout.length > held:
         raise UnreadableScan(
-            f"{name}: Pixel Data claims {layout.length} bytes, the file holds {size - offset}. "
+            f"{name}: Pixel Data claims {layout.length} bytes, the file holds {held}. "
             "It is truncated or damaged; copy or export it again."
         )
     return layout
@@ -284,6 +350,7 @@ def _layout(file: DicomFile) -> Layout:
 __all__ = [
     "DicomFile",
     "Layout",
+    "PixelElement",
     "deflated_body",
     "inflate",
     "looks_like_dicom",

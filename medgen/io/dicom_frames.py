@@ -6,7 +6,6 @@ Classic files say it once; in multi-frame files the groups of a frame override t
 from dataclasses import dataclass, field
 
 import numpy as np
-from pydicom.uid import UID
 
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
 from medgen.io.dicom_elements import Elements
@@ -84,8 +83,7 @@ class Frame:
 
 def needs_position(file: DicomFile) -> bool:
     """Whether a file of this kind is meaningless without a place in the patient."""
-    kind = UID(file.sop_class).name
-    return any(word in kind for word in _VOLUMES)
+    return any(word in file.kind for word in _VOLUMES)
 
 
 def is_planar(file: DicomFile) -> bool:
@@ -106,6 +104,11 @@ def frames_of(file: DicomFile, options: ReadOptions) -> list[Frame]:
         raise InconsistentSeries(f"{file.name}: one part of a concatenation. Join its parts into one file first.")
     shared = next(iter(elements.items("SharedFunctionalGroupsSequence")), None)
     groups = elements.items("PerFrameFunctionalGroupsSequence")
+    if not groups and layout.frames > 1:
+        raise GeometryError(
+            f"{file.name}: {layout.frames} frames without an ImagePositionPatient each: nobody knows where they lie. "
+            "It is a film, or lost its geometry; convert it with the vendor's tool."
+        )
     if not groups:
         return [_frame(file, index, [g for g in (shared,) if g], options) for index in range(layout.frames)]
     if len(groups) != layout.frames:

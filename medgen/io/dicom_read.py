@@ -11,7 +11,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from pydicom.uid import UID
 
 from medgen import log
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
@@ -56,6 +55,7 @@ def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> 
     """
     skipped: list[Skipped] = []
     series: dict[str, list[DicomFile]] = defaultdict(list)
+    broken: list[DicomFile] = []
     for path in dict.fromkeys(Path(file) for file in files):
         try:
             file = open_file(path, force=options.force)
@@ -64,22 +64,31 @@ def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> 
             continue
         if reason := _why_not(file):
             skipped.append(Skipped(str(path), reason))
+            continue
+        if file.is_program:
+            log.note(f"{file.name}: the preamble begins like a program. Do not run this file.")
+        (series[file.elements.uid("SeriesInstanceUID")] if file.pixels else broken).append(file)
+    for file in broken:
+        # The cut may go through the identifier itself: what is left of it still tells the series.
+        left = file.elements.uid("SeriesInstanceUID")
+        home = next((key for key in series if key.startswith(left)), None)
+        if home is None:
+            skipped.append(Skipped(str(file.path), "an image without pixels: the file is truncated or was stripped"))
         else:
-            series[file.elements.uid("SeriesInstanceUID")].append(file)
+            series[home].append(file)
     groups: list[tuple[str, list[DicomFile]]] = []
-    for members in series.values():
+    for identifier, members in series.items():
         kept, localizers = _without_localizers(members)
         skipped += [Skipped(str(file.path), "a localizer inside a series of other slices") for file in localizers]
-        groups += _groups(kept)
+        groups += _groups(identifier, kept)
     return _sources(groups), skipped
 
 
 def _why_not(file: DicomFile) -> str:
     """Why a DICOM file holds no picture medgen reads, '' where it may."""
-    kind = UID(file.sop_class).name
-    if "Image Storage" not in kind or "Microscopy" in kind:
-        known = kind if kind != file.sop_class else f"SOP class {printable_uid(file.sop_class)}"
-        return f"{known if file.sop_class else 'an object without a SOP class'}: not an image to read"
+    if "Image Storage" not in file.kind or "Microscopy" in file.kind:
+        known = file.kind or f"SOP class {printable_uid(file.sop_class) if file.sop_class else 'unstated'}"
+        return f"{known}: not an image to read"
     if not file.elements.uid("SeriesInstanceUID"):
         return "an image without a SeriesInstanceUID: nobody can tell what it belongs to"
     return ""
@@ -94,11 +103,11 @@ def _without_localizers(files: list[DicomFile]) -> tuple[list[DicomFile], list[D
     return [file for file in files if not file.is_localizer], scouts
 
 
-def _groups(files: list[DicomFile]) -> list[tuple[str, list[DicomFile]]]:
+def _groups(series: str, files: list[DicomFile]) -> list[tuple[str, list[DicomFile]]]:
     """The files of one series as (key, files of one volume)."""
     apart: dict[str, list[DicomFile]] = defaultdict(list)
     for file in files:
-        key = file.elements.uid("SeriesInstanceUID")
+        key = series
         if file.is_multiframe or is_planar(file):
             key += f" {file.name}"
         elif file.is_localizer:
@@ -190,7 +199,7 @@ def read_series(source: Source, options: ReadOptions = ReadOptions()) -> Scan:
         values, padded = interpolated(values, padded, stacked.at)
     if is_flipped(files[0], scale, options):
         values, header = flipped(values, files[0]), turned(header, files[0])
-    voxels = values.transpose(3, 2, 1, 0) if is_colour(files[0]) else values.transpose(0, 3, 2, 1)
+    voxels = values[0].transpose(3, 2, 1, 0) if is_colour(files[0]) else values.transpose(0, 3, 2, 1)
     valid = None if padded is None else ~padded.transpose(2, 1, 0)
     scan = Scan(voxels, stacked.grid, scale or Scale(unit=unit_of(stacked)), header, valid=valid)
     return scan if stacked.target is None else straightened(scan, stacked.target)
@@ -265,7 +274,10 @@ def _stacked(files: list[DicomFile], source: Source, options: ReadOptions) -> St
     if len(files) == 1 and is_planar(files[0]):
         return _planar(files[0], options)
     frames = [frame for file in files for frame in frames_of(file, options)]
-    return stack(frames, _where(source), options)
+    stacked = stack(frames, _where(source), options)
+    if is_colour(files[0]) and len(stacked.slices) > 1:
+        raise InconsistentSeries(f"{_where(source)}: several colour pictures at one place; channels hold one of them.")
+    return stacked
 
 
 def _planar(file: DicomFile, options: ReadOptions) -> Stack:

@@ -14,6 +14,7 @@ from jaxtyping import Float
 from medgen import log
 from medgen.errors import GeometryError, InconsistentSeries
 from medgen.grid import Grid
+from medgen.io.checks import within_cap
 from medgen.io.dicom_decode import same_pixels
 from medgen.io.dicom_frames import SPLITS, Frame
 from medgen.io.source import ReadOptions
@@ -77,6 +78,7 @@ def stack(frames: Sequence[Frame], where: str, options: ReadOptions) -> Stack:
     layout = first[0].file.layout
     grid = Grid.from_lps((layout.columns, layout.rows, count), affine)
     target = _untilted(grid, step, normal, where, options)
+    within_cap((len(channels), *(target or grid).shape), where, options)
     slices = tuple(tuple(channel[slot] if slot is not None else None for slot in slots) for channel in channels)
     return Stack(slices, grid, names, at, target)
 
@@ -253,13 +255,19 @@ def _even(
     gaps = np.diff(depths)
     step = float(np.sort(gaps)[(len(gaps) - 1) // 2])
     tolerance = max(_SAME_MM, _UNEVEN * step)
-    odd = np.abs(gaps - step) > tolerance
+    # The grid steps by the mean, so that is what each gap, and each place, is held against.
     mean = (depths[-1] - depths[0]) / (count - 1)
     drift = np.abs(depths - depths[0] - mean * np.arange(count)).max()
-    if not odd.any() and drift <= max(_DRIFT * step, _SAME_MM):
+    even = (np.abs(gaps - mean) <= max(_SAME_MM, _UNEVEN * mean)).all()
+    if even and drift <= max(_DRIFT * mean, _SAME_MM):
         return count, as_they_are, ()
+    odd = np.zeros(len(gaps), bool) if even else np.abs(gaps - step) > tolerance
     steps = np.round(gaps / step).astype(int)
-    missing = bool((steps >= 1).all() and (np.abs(gaps - steps * step) <= tolerance * steps).all() and odd.any())
+    lattice = np.concatenate([[0], np.cumsum(steps)])
+    off = np.abs(depths - depths[0] - (depths[-1] - depths[0]) / max(lattice[-1], 1) * lattice).max()
+    missing = bool((steps >= 1).all() and odd.any() and off <= max(_DRIFT * step, _SAME_MM)) and bool(
+        (np.abs(gaps - steps * step) <= tolerance * steps).all()
+    )
     if options.on_gap == "fill" and missing:
         return _filled(steps, frames, where)
     if options.on_gap == "resample":

@@ -7,7 +7,7 @@ import numpy as np
 from medgen.errors import InconsistentSeries
 from medgen.grid import Grid
 from medgen.io.dicom_decode import Padding, PixelReader, tidy
-from medgen.io.dicom_file import DicomFile
+from medgen.io.dicom_file import DicomFile, Layout
 from medgen.io.dicom_frames import Frame, Rescale
 from medgen.io.dicom_series import Stack
 from medgen.io.source import ReadOptions
@@ -19,6 +19,11 @@ _AIR = -1024.0
 def is_colour(file: DicomFile) -> bool:
     """Whether pixels are colours rather than intensities."""
     return file.layout.samples == 3 or file.layout.photometric == "PALETTE COLOR"
+
+
+def colour_type(layout: Layout) -> np.dtype:
+    """The type of red, green and blue; palettes give eight bits."""
+    return np.dtype(np.uint8) if layout.photometric == "PALETTE COLOR" else layout.dtype
 
 
 def _rescales(stacked: Stack) -> set[Rescale]:
@@ -53,18 +58,19 @@ def load(stacked: Stack, scale: Scale | None) -> tuple[np.ndarray, np.ndarray | 
     first = next(frame for frame in stacked.slices[0] if frame is not None)
     layout, colour = first.file.layout, is_colour(first.file)
     stored = np.result_type(*{frame.file.layout.dtype for channel in stacked.slices for frame in channel if frame})
-    kind = np.dtype(np.uint8) if colour else (stored if scale is not None else np.dtype(np.float32))
+    kind = colour_type(layout) if colour else (stored if scale is not None else np.dtype(np.float32))
     plane = (layout.rows, layout.columns, 3) if colour else (layout.rows, layout.columns)
+    # The first file is opened before anything is allocated: what it claims to hold is checked against its bytes.
+    reader = PixelReader(first.file, colour=colour)
     values = np.empty((len(stacked.slices), len(stacked.slices[0]), *plane), kind)
     padded: np.ndarray | None = None
-    reader: PixelReader | None = None
     gaps = []
     for c, channel in enumerate(stacked.slices):
         for k, frame in enumerate(channel):
             if frame is None:
                 gaps.append((c, k))
                 continue
-            if reader is None or reader.file is not frame.file:
+            if reader.file is not frame.file:
                 reader = PixelReader(frame.file, colour=colour)
             found = _read_one(reader, frame, values[c, k], scale)
             if found is not None:
@@ -153,6 +159,7 @@ def straightened(scan: Scan, grid: Grid) -> Scan:
 
 
 __all__ = [
+    "colour_type",
     "common_scale",
     "flipped",
     "interpolated",

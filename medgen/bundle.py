@@ -1,0 +1,275 @@
+"""A trained model as a folder that can be shipped: weights, values, and nothing that can run.
+
+    weights.safetensors      parameters of every model, `name.parameter`
+    calibration.safetensors  what held-out healthy scans looked like, where there were any
+    bundle.json              configs, recipe, input contract, calibration, training facts, hashes
+    README.md                the model card
+    preview.png              generated scans
+
+Every hash and the input contract are checked before anything is built.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from medgen.data.recipe import Recipe
+from medgen.errors import BundleError
+from medgen.grid import Grid
+from medgen.models import build, config_of
+from medgen.models.base import Model
+from medgen.scan import Scale, Scan
+
+FORMAT = 1
+_FILES = ("weights.safetensors", "calibration.safetensors")
+
+
+class Contract(BaseModel):
+    """What a scan must be for a bundle to have something to say about it.
+
+    Args:
+        modality: DICOM's two-letter code, '' where the training files told none.
+        unit: of the physical values, such as 'HU'.
+        channels: values per voxel.
+        planar: images rather than volumes.
+        spacing: median mm of the training scans.
+        low, high: range that the training scans' physical values span.
+        integers: the training files stored whole numbers, so generated ones do too.
+        slope, intercept: median Scale of the prepared training scans; gives generated scans their unit.
+        grid: where generated scans lie.
+        space: NIfTI xform code of that grid.
+        body_part: such as 'BRAIN'.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    modality: str = ""
+    unit: str = ""
+    channels: int = 1
+    planar: bool = False
+    spacing: tuple[float, float, float]
+    low: float
+    high: float
+    integers: bool = False
+    slope: float = 1.0
+    intercept: float = 0.0
+    grid: dict
+    space: int = 1
+    body_part: str = ""
+
+    def check(self, scan: Scan) -> list[str]:
+        """Refuse a scan of another kind; return warnings about one that is merely unusual.
+
+        Raises:
+            BundleError: other modality, unit, channels, dimensions or value range than trained on.
+        """
+        told = scan.header.modality
+        if told and self.modality and told != self.modality:
+            raise BundleError(f"The model was trained on {self.modality}; this scan is {told}. Use a bundle for {told}.")
+        if scan.scale.unit != self.unit and scan.scale.unit and self.unit:
+            raise BundleError(f"The model was trained on values in {self.unit}; this scan is in {scan.scale.unit}.")
+        if scan.channels != self.channels or scan.is_planar != self.planar:
+            kind = {True: "an image", False: "a volume"}
+            raise BundleError(
+                f"The model takes {kind[self.planar]} with {self.channels} channel(s); "
+                f"this is {kind[scan.is_planar]} with {scan.channels}."
+            )
+        return self._check_values(scan) + self._check_spacing(scan)
+
+    def _check_values(self, scan: Scan) -> list[str]:
+        span = self.high - self.low
+        values = scan.physical()
+        low, high = (float(v) for v in torch.tensor(values[values == values]).float().aminmax())
+        if self.low >= 0 and low < -0.05 * span:
+            raise BundleError(
+                f"The model was trained on values from {self.low:g} to {self.high:g}; this scan goes down to {low:g}. "
+                "It looks like another modality or unit (Hounsfield units are negative in air)."
+            )
+        if self.unit == "HU" and low > -500:
+            raise BundleError(f"The model was trained on Hounsfield units from {self.low:g}; this scan starts at {low:g}.")
+        if self.unit != "HU" and not (0.02 * span < high - low < 50 * span):
+            return [f"values span {high - low:g}, training scans spanned {span:g}"]
+        return []
+
+    def _check_spacing(self, scan: Scan) -> list[str]:
+        if scan.is_planar:
+            return []
+        here, there = sorted(scan.grid.spacing), sorted(self.spacing)
+        if any(not 0.4 < a / b < 2.5 for a, b in zip(here, there, strict=True)):
+            told = " x ".join(f"{s:.3g}" for s in scan.grid.spacing)
+            return [f"spacing {told} mm is far from the training scans' {' x '.join(f'{s:.3g}' for s in there)} mm"]
+        return []
+
+    def physical_scan(self, values: Any, recipe_scale: Scale | None = None) -> Scan:
+        """A generated scan (c, *space) on the bundle's grid, in the training scans' unit."""
+        from medgen.scan import Header
+
+        grid = Grid.from_dict(self.grid)
+        scale = recipe_scale or Scale(self.slope, self.intercept, self.unit)
+        voxels = values.reshape(values.shape[0], *grid.shape)
+        header = Header(modality=self.modality, body_part=self.body_part, space=self.space, synthetic=True)
+        return Scan(voxels, grid, scale, header)
+
+
+@dataclass(frozen=True, eq=False)
+class Bundle:
+    """One or several trained models with what is needed to use them.
+
+    Args:
+        models: by name.
+        recipe: from a scan to a model's input.
+        contract: which scans the models understand.
+        calibration: numbers about held-out healthy scans, empty where there were none.
+        tensors: arrays that belong to the calibration.
+        training: facts: patients, manifest hash, images seen, seed, minutes, device.
+        metrics: measured on held-out scans.
+        licence: of the weights, as the trainer states it.
+        weights_sha256: of the weights file, '' before saving.
+    """
+
+    models: Mapping[str, Model]
+    recipe: Recipe
+    contract: Contract
+    calibration: dict[str, Any] = field(default_factory=dict)
+    tensors: Mapping[str, Tensor] = field(default_factory=dict)
+    training: dict[str, Any] = field(default_factory=dict)
+    metrics: dict[str, Any] = field(default_factory=dict)
+    licence: str = "not stated"
+    weights_sha256: str = ""
+
+    @property
+    def model(self) -> Model:
+        """The only model, or the one called 'model'."""
+        return next(iter(self.models.values())) if len(self.models) == 1 else self.models["model"]
+
+    @property
+    def name(self) -> str:
+        """The families inside, such as 'vae'."""
+        return "+".join(model.config.kind for model in self.models.values())
+
+    def save(self, folder: Path) -> str:
+        """Write the bundle's files into an existing folder; returns the sha256 of the weights."""
+        weights = {f"{name}.{key}": _plain(t) for name, m in self.models.items() for key, t in m.state_dict().items()}
+        save_file(weights, folder / _FILES[0])
+        if self.tensors:
+            save_file({name: _plain(t) for name, t in self.tensors.items()}, folder / _FILES[1])
+        hashes = {name: _sha256(folder / name) for name in _FILES if (folder / name).exists()}
+        stated = {
+            "format": FORMAT,
+            "medgen": version("medgen"),
+            "models": {name: model.config.model_dump(mode="json") for name, model in self.models.items()},
+            "recipe": self.recipe.model_dump(mode="json"),
+            "contract": self.contract.model_dump(mode="json"),
+            "calibration": self.calibration,
+            "training": self.training,
+            "metrics": self.metrics,
+            "licence": self.licence,
+            "intended_use": "Research use only, not a medical device.",
+            "sha256": hashes,
+        }
+        (folder / "bundle.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
+        (folder / "README.md").write_text(_card(stated), encoding="utf-8")
+        return hashes[_FILES[0]]
+
+    @classmethod
+    def load(cls, folder: str | Path, *, device: str = "cpu") -> "Bundle":
+        """Read a bundle, refusing anything that is not exactly what was saved.
+
+        Raises:
+            BundleError: no bundle, another format, a hash that differs, unknown models, missing weights.
+        """
+        folder = Path(folder)
+        stated = _read_json(folder)
+        for name, expected in stated["sha256"].items():
+            if name not in _FILES:
+                raise BundleError(f"{folder.name}/bundle.json lists {name!r}, which no bundle contains.")
+            if not (folder / name).is_file():
+                raise BundleError(f"{folder.name}: {name} is missing. Copy the whole bundle folder.")
+            if _sha256(folder / name) != expected:
+                raise BundleError(
+                    f"{folder.name}/{name} is not the file that was saved (its sha256 differs): damaged or tampered "
+                    "with. Copy the bundle again from where it was trained."
+                )
+        try:
+            configs = {name: config_of(config) for name, config in stated["models"].items()}
+            recipe = Recipe.model_validate(stated["recipe"])
+            contract = Contract.model_validate(stated["contract"])
+            weights = load_file(folder / _FILES[0], device=device)
+            tensors = load_file(folder / _FILES[1]) if _FILES[1] in stated["sha256"] else {}
+            models = {}
+            for name, config in configs.items():
+                model = build(config)
+                own = {k.removeprefix(f"{name}."): t for k, t in weights.items() if k.startswith(f"{name}.")}
+                model.load_state_dict(own)
+                models[name] = model.to(device).eval()
+        except (ValidationError, SafetensorError, RuntimeError, KeyError) as error:
+            first = str(error).strip().splitlines()[0]
+            raise BundleError(f"{folder.name}: bundle.json and the weights do not belong together ({first}).") from error
+        return cls(
+            models=models,
+            recipe=recipe,
+            contract=contract,
+            calibration=stated["calibration"],
+            tensors=tensors,
+            training=stated["training"],
+            metrics=stated["metrics"],
+            licence=stated["licence"],
+            weights_sha256=stated["sha256"][_FILES[0]],
+        )
+
+
+def _read_json(folder: Path) -> dict[str, Any]:
+    place = folder / "bundle.json"
+    if not place.is_file():
+        found = "nothing" if not folder.exists() else "no bundle.json inside"
+        raise BundleError(f"{folder} should be a bundle folder made by `medgen train`; found {found}.")
+    try:
+        stated = json.loads(place.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{place} is damaged: not valid JSON. Copy the bundle again.") from error
+    if not isinstance(stated, dict) or stated.get("format") != FORMAT:
+        raise BundleError(f"{place} is not a bundle of format {FORMAT}. It was made by another version of medgen.")
+    needed = {"models", "recipe", "contract", "calibration", "training", "metrics", "licence", "sha256"}
+    if missing := needed - set(stated):
+        raise BundleError(f"{place} lacks {', '.join(sorted(missing))}. Copy the bundle again.")
+    if _FILES[0] not in stated["sha256"]:
+        raise BundleError(f"{place} states no sha256 of the weights, so they cannot be trusted.")
+    return stated
+
+
+def _card(stated: Mapping[str, Any]) -> str:
+    contract, training = stated["contract"], stated["training"]
+    rows = [("modality", contract["modality"] or "not told"), ("unit", contract["unit"] or "arbitrary")]
+    rows += [(key.replace("_", " "), value) for key, value in training.items() if not isinstance(value, list | dict)]
+    rows += [(key.replace("_", " "), value) for key, value in stated["metrics"].items()]
+    families = ", ".join(config["kind"] for config in stated["models"].values())
+    table = "\n".join(f"| {key} | {value} |" for key, value in rows)
+    return (
+        f"# medgen bundle: {families}\n\n**Research use only, not a medical device.**\n\n"
+        "![generated scans](preview.png)\n\nThe picture shows generated scans, nobody's.\n\n"
+        f"| | |\n|---|---|\n{table}\n| licence | {stated['licence']} |\n\n"
+        "Score scans with `medgen score SCANS -m THIS_FOLDER -o OUT`, "
+        "generate more with `medgen augment FOLDER -m THIS_FOLDER -o OUT`.\n"
+    )
+
+
+def _plain(tensor: Tensor) -> Tensor:
+    return tensor.detach().cpu().contiguous()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+__all__ = ["Bundle", "Contract"]

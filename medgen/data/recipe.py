@@ -1,0 +1,218 @@
+"""How a scan becomes what a model sees: a list of typed steps, pure Scan to Scan, JSON both ways.
+
+Geometry comes first and is done on Grids alone, so a scan is moved once however many steps there
+are; intensity comes second and edits the Scale, so physical values stay known.
+"""
+
+from typing import Annotated, Literal
+
+import numpy as np
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+
+from medgen.errors import DataError
+from medgen.grid import Grid
+from medgen.scan import Scale, Scan
+
+
+class Step(BaseModel):
+    """One step of a recipe; `do` says which."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Orient(Step):
+    """Flip and permute axes to run nearest to `axcodes`; an exact copy."""
+
+    do: Literal["orient"] = "orient"
+    axcodes: str = "RAS"
+
+    def place(self, grid: Grid, scan: Scan) -> Grid:
+        """The grid after this step."""
+        return grid.reorient(self.axcodes)
+
+
+class Respace(Step):
+    """Other distances between voxels, in mm, over the same field of view."""
+
+    do: Literal["respace"] = "respace"
+    spacing: tuple[float, float, float]
+
+    def place(self, grid: Grid, scan: Scan) -> Grid:
+        """The grid after this step; spacing that agrees within 1 % stays, so that nothing is interpolated for it."""
+        spacing = [
+            old if abs(old / new - 1) < 0.01 else new for old, new in zip(grid.spacing, self.spacing, strict=True)
+        ]
+        return grid if np.allclose(spacing, grid.spacing, rtol=0) else grid.respaced(spacing)
+
+
+class CropOrPad(Step):
+    """A window of `shape` voxels: about the middle of the scan, of its foreground, or a world position.
+
+    Args:
+        shape: voxels along i, j, k.
+        about: 'centre', 'foreground', or (x, y, z) in RAS+ mm for scans that share a space.
+    """
+
+    do: Literal["crop_or_pad"] = "crop_or_pad"
+    shape: tuple[int, int, int]
+    about: Literal["centre", "foreground"] | tuple[float, float, float] = "centre"
+
+    def place(self, grid: Grid, scan: Scan) -> Grid:
+        """The grid after this step, on the same lattice."""
+        if self.about == "centre":
+            return grid.centred(self.shape)
+        middle = foreground_centre(scan) if self.about == "foreground" else self.about
+        start = np.round(grid.index(middle) - (np.asarray(self.shape) - 1) / 2 - 1e-6).astype(int)
+        return grid.patch(start.tolist(), self.shape)
+
+
+class Window(Step):
+    """Cut physical values to [low, high] and map them to [0, 1]: Hounsfield units, 8-bit pictures."""
+
+    do: Literal["window"] = "window"
+    low: float
+    high: float
+
+    @model_validator(mode="after")
+    def _ordered(self) -> "Window":
+        if not self.low < self.high:
+            raise ValueError(f"window needs low < high, not {self.low}, {self.high}")
+        return self
+
+    def limits(self, values: Float[np.ndarray, "c i j k"]) -> tuple[float, float]:
+        """The physical values that become 0 and 1."""
+        return self.low, self.high
+
+
+class Percentiles(Step):
+    """Map the scan's own foreground percentiles to [0, 1] and cut beyond; for arbitrary units (MR)."""
+
+    do: Literal["percentiles"] = "percentiles"
+    low: float = Field(default=0.0, ge=0, lt=100)
+    high: float = Field(default=99.5, gt=0, le=100)
+
+    def limits(self, values: Float[np.ndarray, "c i j k"]) -> tuple[float, float]:
+        """The physical values that become 0 and 1; `low` 0 means the lowest value of the scan."""
+        known = values[np.isfinite(values)]
+        inside = known[known > foreground_level(known)]
+        sample = inside if len(inside) > 16 else known
+        low = float(known.min()) if self.low == 0 else float(np.percentile(sample, self.low))
+        return low, float(np.percentile(sample, self.high))
+
+
+GeometryStep = Orient | Respace | CropOrPad
+IntensityStep = Window | Percentiles
+AnyStep = Annotated[GeometryStep | IntensityStep, Field(discriminator="do")]
+
+
+class Recipe(BaseModel):
+    """The steps from a scan to a model's input.
+
+    Args:
+        steps: geometry first, then at most one intensity step.
+        outside: physical value beyond the field of view, or 'lowest' of the scan (air, background).
+
+    >>> recipe = Recipe(steps=[CropOrPad(shape=(4, 4, 4)), Window(low=0, high=7)])
+    >>> Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+    True
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: tuple[AnyStep, ...]
+    outside: float | Literal["lowest"] = "lowest"
+
+    @field_validator("steps")
+    @classmethod
+    def _geometry_first(cls, steps: tuple[AnyStep, ...]) -> tuple[AnyStep, ...]:
+        kinds = [isinstance(step, IntensityStep) for step in steps]
+        if kinds != sorted(kinds) or sum(kinds) > 1:
+            raise ValueError("geometry steps come first, then at most one of window and percentiles")
+        return steps
+
+    @property
+    def shape(self) -> tuple[int, int, int] | None:
+        """The voxels every scan ends up with, if a step fixes them."""
+        fixed = [step.shape for step in self.steps if isinstance(step, CropOrPad)]
+        return fixed[-1] if fixed else None
+
+    def grid(self, scan: Scan) -> Grid:
+        """Where the voxels of the prepared scan will be."""
+        grid = scan.grid
+        for step in self.steps:
+            if isinstance(step, GeometryStep):
+                grid = step.place(grid, scan)
+        return grid
+
+    def __call__(self, scan: Scan) -> Scan:
+        """The prepared scan: float32, on `grid(scan)`, its Scale leading back to physical values.
+
+        Raises:
+            DataError: the scan is constant, so that no intensity range can be told.
+        """
+        lowest = float(np.nanmin(scan.physical())) if self.outside == "lowest" else self.outside
+        moved = scan.onto(self.grid(scan), outside=lowest)
+        for step in self.steps:
+            if isinstance(step, IntensityStep):
+                return _rescaled(moved, step, lowest)
+        return moved.with_voxels(moved.voxels.astype(np.float32))
+
+
+def _rescaled(scan: Scan, step: IntensityStep, fill: float) -> Scan:
+    """Map the physical limits of `step` to [0, 1], cut beyond, and say so in the Scale."""
+    values = scan.physical()
+    low, high = step.limits(values)
+    if not high > low:
+        raise DataError(
+            f"The scan is constant ({low:g} {scan.scale.unit}) where contrast was expected. "
+            "Check that the file holds an image, or leave it out."
+        )
+    values = np.nan_to_num(values, nan=fill)
+    mapped = np.clip((values - low) / (high - low), 0, 1, dtype=np.float32)
+    return scan.with_voxels(mapped, scale=Scale(high - low, low, scan.scale.unit, clip=(low, high)))
+
+
+def foreground_level(values: np.ndarray) -> float:
+    """A physical value between background and body: a tenth of the way from the lowest to the 99th percentile."""
+    known = values[np.isfinite(values)]
+    low, high = float(known.min()), float(np.percentile(known, 99))
+    return low + 0.1 * (high - low)
+
+
+def foreground(scan: Scan) -> Bool[np.ndarray, "i j k"]:
+    """Where the body is: above `foreground_level` in the first channel."""
+    values = scan.physical()[0]
+    return np.nan_to_num(values, nan=-np.inf) > foreground_level(values)
+
+
+def foreground_box(scan: Scan) -> tuple[np.ndarray, np.ndarray]:
+    """First and last voxel (3,), (3,) along each axis that belong to the body, stray voxels ignored."""
+    body = foreground(scan)
+    first, last = [], []
+    for axis in range(3):
+        others = tuple(n for n in range(3) if n != axis)
+        profile = body.mean(axis=others)
+        inside = np.flatnonzero(profile > 0.01 * max(profile.max(), 1e-9))
+        first.append(int(inside[0]) if len(inside) else 0)
+        last.append(int(inside[-1]) if len(inside) else scan.grid.shape[axis] - 1)
+    return np.asarray(first), np.asarray(last)
+
+
+def foreground_centre(scan: Scan) -> Float[np.ndarray, "3"]:
+    """World position of the middle of the body's box, mm."""
+    first, last = foreground_box(scan)
+    return scan.grid.world((first + last) / 2)
+
+
+__all__ = [
+    "CropOrPad",
+    "Orient",
+    "Percentiles",
+    "Recipe",
+    "Respace",
+    "Window",
+    "foreground",
+    "foreground_box",
+    "foreground_centre",
+]

@@ -1,0 +1,1 @@
+"""Numbers about images, detections and sets of generated scans."""

@@ -1,0 +1,148 @@
+"""What every family of models shares: its config, its loss, its players and its abilities."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+from torch.distributions import Distribution
+
+from medgen.data.dataset import Batch
+
+# What a model can do; tasks ask for these words and never for a class.
+Ability = Literal[
+    "samples", "encodes", "decodes", "reconstructs", "scores_density", "estimates_density", "bounds_density",
+    "maps_density", "restores", "translates", "classifies",
+]  # fmt: skip
+
+
+class ModelConfig(BaseModel):
+    """Fields every family has; a family adds its own `kind` and numbers.
+
+    Args:
+        shape: voxels along each modelled axis: two for images, three for volumes.
+        channels: values per voxel.
+        classes: names of the classes to condition on; empty for an unconditional model.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shape: tuple[int, ...] = Field(min_length=2, max_length=3)
+    channels: int = Field(default=1, ge=1)
+    classes: tuple[str, ...] = ()
+
+    @property
+    def dims(self) -> int:
+        """2 for images, 3 for volumes."""
+        return len(self.shape)
+
+    @model_validator(mode="after")
+    def _positive(self) -> "ModelConfig":
+        if min(self.shape) < 1:
+            raise ValueError(f"shape must be positive, not {self.shape}")
+        return self
+
+
+@dataclass
+class Loss:
+    """What a player pays for a batch: `total` (b,), and its named parts (b,)."""
+
+    total: Float[Tensor, " b"]
+    terms: dict[str, Float[Tensor, " b"]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Player:
+    """A set of parameters trained together, and when, in images seen.
+
+    Overlapping spans train in turn (a GAN); consecutive spans are stages. `until` None: to the end.
+    """
+
+    name: str
+    parameters: tuple[nn.Parameter, ...]
+    since: int = 0
+    until: int | None = None
+    every: int = 1
+
+
+class Model(nn.Module):
+    """A family: `forward(batch, player)` is the loss, `players` says who is trained when."""
+
+    Config: ClassVar[type[ModelConfig]]
+    config: ModelConfig
+
+    @classmethod
+    def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
+        """What a model of this config can do."""
+        raise TypeError(f"{cls.__name__} does not say what it can do")
+
+    @classmethod
+    def stride(cls, values: dict[str, Any]) -> int:
+        """Every axis of a scan must be a multiple of this, for a config with these `values`."""
+        return 1
+
+    def players(self) -> list[Player]:
+        """Who is trained; by default everything at once, all the time."""
+        return [Player("model", tuple(self.parameters()))]
+
+    def initialise(self, batch: Batch) -> None:
+        """Data-dependent initialisation, once, before training."""
+
+    def finalise(self, batches: Iterable[Batch]) -> None:
+        """What is fitted in closed form after training, such as a prior over codes."""
+
+
+@runtime_checkable
+class Samples(Protocol):
+    """Draws new scans."""
+
+    def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
+        """`n` scans; scan i depends on (seed, i) and its condition, never on n."""
+
+
+@runtime_checkable
+class Encodes(Protocol):
+    """Maps a scan to a distribution over codes."""
+
+    def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Distribution:
+        """q(z | x)."""
+
+
+@runtime_checkable
+class Decodes(Protocol):
+    """Maps a code to a distribution over scans."""
+
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Distribution:
+        """p(x | z)."""
+
+
+@runtime_checkable
+class Reconstructs(Protocol):
+    """Returns the scan as the model would have it."""
+
+    def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
+        """The model's version of `x`, on the same grid."""
+
+
+@runtime_checkable
+class BoundsDensity(Protocol):
+    """Gives a lower bound of the log density."""
+
+    def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
+        """A lower bound of log p(x), nats."""
+
+
+__all__ = [
+    "Ability",
+    "BoundsDensity",
+    "Decodes",
+    "Encodes",
+    "Loss",
+    "Model",
+    "ModelConfig",
+    "Player",
+    "Reconstructs",
+    "Samples",
+]

@@ -1,0 +1,229 @@
+"""The variational autoencoder, in two and three dimensions.
+
+Kingma & Welling 2014 ("Auto-encoding variational Bayes"), with the decoder's noise learned (Rybkin
+et al. 2021), so that reconstruction and prior are both in nats and need no balancing weight.
+
+    log p(x) >= ELBO(x) = E_q(z|x) [ log p(x | z) ] - KL( q(z | x) || p(z) )
+
+The code z is a vector for the whole scan, or a map with one short vector a block of voxels (`code:
+map`), which keeps place and so reconstructs unseen anatomy. Encoder and decoder are each a linear map
+plus a network that starts at zero. The linear maps begin as probabilistic PCA of the training scans
+(or blocks), the optimal linear VAE (Tipping & Bishop 1999, equations 6 to 9; Lucas et al. 2019, "Don't
+blame the ELBO"), so training starts where PCA ends and a code does not collapse.
+
+Scans are sampled from a Gaussian field fitted to the training codes (`medgen.prob.priors`).
+"""
+
+from collections.abc import Iterable
+from math import prod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+from torch.distributions import Independent, Normal
+
+from medgen.data.dataset import Batch
+from medgen.models.base import Ability, Loss, Model, ModelConfig
+from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
+from medgen.prob.divergences import kl_to_standard_normal, with_free_bits
+from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
+from medgen.prob.priors import CodeField, principal_components
+from medgen.seeds import seeded_noise
+
+# Scans decoded together when sampling; always this many, so that sample i never depends on n.
+_MICRO_BATCH = {2: 16, 3: 1}
+
+
+class VAE(Model):
+    """A variational autoencoder; every variation is a field of its config.
+
+    Example:
+        >>> model = VAE(VAE.Config(shape=(16, 16), width=8, levels=2, latent=4))
+        >>> model.sample(3, seed=0).shape
+        torch.Size([3, 1, 16, 16])
+    """
+
+    class Config(ModelConfig):
+        """A VAE.
+
+        Args:
+            kind: 'vae'.
+            code: 'vector' (few numbers for the whole scan) or 'map' (numbers per coarse position).
+            latent: length of the vector, or channels of the map.
+            width: features at the finest level.
+            levels: halvings between scan and code, after folding.
+            fold: block size turned into channels first; 2 makes volumes eight times cheaper.
+            depth: residual blocks a level.
+            likelihood: noise of p(x | z).
+            beta: weight of the KL term; 1 is the evidence lower bound.
+            free_bits: nats every latent dimension may cost without being pushed towards the prior.
+        """
+
+        kind: Literal["vae"] = "vae"
+        code: Literal["vector", "map"] = "vector"
+        latent: int = Field(default=16, ge=1)
+        width: int = Field(default=32, ge=1)
+        levels: int = Field(default=2, ge=0)
+        fold: int = Field(default=1, ge=1)
+        depth: int = Field(default=1, ge=0)
+        likelihood: LikelihoodName = "gaussian"
+        beta: float = Field(default=1.0, ge=0)
+        free_bits: float = Field(default=0.0, ge=0)
+
+        @property
+        def stride(self) -> int:
+            """Voxels along an axis per code position; every axis of `shape` is a multiple of it."""
+            return self.fold * 2**self.levels
+
+        @property
+        def coarse(self) -> tuple[int, ...]:
+            """Feature positions along each axis at the coarsest level."""
+            return tuple(n // self.stride for n in self.shape)
+
+        @property
+        def code_shape(self) -> tuple[int, ...]:
+            """(latent, *positions); a vector is a map with one position."""
+            return (self.latent, *(self.coarse if self.code == "map" else (1,) * self.dims))
+
+        @model_validator(mode="after")
+        def _divisible(self) -> "VAE.Config":
+            if any(n % self.stride for n in self.shape):
+                raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+            return self
+
+    config: "VAE.Config"
+
+    def __init__(self, config: "VAE.Config") -> None:
+        super().__init__()
+        self.config = config
+        dims, classes = config.dims, len(config.classes)
+        sizes = {"fold": config.fold, "depth": config.depth, "classes": classes}
+        self.encoder = Encoder(dims, config.channels, config.width, config.levels, **sizes)
+        self.decoder = Decoder(dims, config.channels, config.width, config.levels, **sizes)
+        # What one code position stands for: a block of voxels, and a block of coarse features.
+        positions = config.code_shape[1:]
+        self.scan_block = tuple(n // p for n, p in zip(config.shape, positions, strict=True))
+        self.feature_block = tuple(n // p for n, p in zip(config.coarse, positions, strict=True))
+        voxels = config.channels * prod(self.scan_block)
+        features = self.encoder.width * prod(self.feature_block)
+        self.linear_in = nn.Linear(voxels, config.latent)
+        self.linear_out = nn.Linear(config.latent, voxels)
+        self.to_code = nn.Linear(features, 2 * config.latent)
+        self.from_code = nn.Linear(config.latent, features)
+        self.template = nn.Parameter(torch.zeros(1, config.channels, *config.shape))
+        self.slow_log_scale = nn.Parameter(torch.zeros(config.channels))
+        self.field = CodeField(config.code_shape, max(1, classes))
+        for last in (self.to_code, self.decoder.head[0]):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+        channels_last(self, dims)
+
+    @classmethod
+    def stride(cls, values: dict[str, Any]) -> int:
+        """Fold times two to the number of levels."""
+        defaults = {name: field.default for name, field in cls.Config.model_fields.items()}
+        filled = defaults | values
+        return int(filled["fold"]) * 2 ** int(filled["levels"])
+
+    @classmethod
+    def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
+        """A VAE samples, encodes, decodes, reconstructs and bounds its density."""
+        return frozenset({"samples", "encodes", "decodes", "reconstructs", "bounds_density"})
+
+    @property
+    def log_scale(self) -> Float[Tensor, " c"]:
+        """Log sigma of p(x | z) a channel; ten times its parameter, as it has further to go than a weight."""
+        return 10 * self.slow_log_scale
+
+    # -- distributions -------------------------------------------------------------------------
+
+    def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Independent:
+        """q(z | x), a factorised Gaussian over codes (b, latent, *positions)."""
+        linear = self.linear_in(to_blocks(x - self.template, self.scan_block))
+        learned = self.to_code(to_blocks(self.encoder(x, cond), self.feature_block))
+        shift, log_scale = learned.float().movedim(-1, 1).chunk(2, dim=1)
+        loc = linear.float().movedim(-1, 1) + shift
+        return Independent(Normal(loc, log_scale.clamp(-7, 3).exp(), validate_args=False), loc.ndim - 1)
+
+    def decode(self, z: Float[Tensor, "b *code"], cond: Tensor | None = None) -> Independent:
+        """p(x | z), over scans (b, c, *space)."""
+        rows = z.movedim(1, -1)
+        linear = from_blocks(self.linear_out(rows), self.scan_block)
+        learned = self.decoder(from_blocks(self.from_code(rows), self.feature_block), cond)
+        return likelihood(self.config.likelihood, self.template + linear + learned.float(), self.log_scale)
+
+    # -- training ------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, player: str = "model") -> Loss:
+        """The negative evidence lower bound, nats a scan."""
+        posterior = self.encode(batch.x, batch.cond)
+        distortion = -self.decode(posterior.rsample(), batch.cond).log_prob(batch.x)
+        rate = with_free_bits(kl_to_standard_normal(posterior), self.config.free_bits)
+        return Loss(distortion + self.config.beta * rate, {"distortion": distortion, "rate": rate})
+
+    def initialise(self, batch: Batch) -> None:
+        """Start from probabilistic PCA of the scans (of their blocks, for a map), in closed form."""
+        with torch.no_grad():
+            mean = batch.x.mean(0, keepdim=True)
+            rows = to_blocks(batch.x - mean, self.scan_block).flatten(0, -2)
+            pca = principal_components(rows, self.config.latent)
+            self.template.copy_(mean)
+            # Posterior mean and spread of the linear model: M^-1 W^T (x - m) and sigma^2 M^-1.
+            strength = (pca.variances - pca.residual).clamp(min=1e-12).sqrt()
+            self.linear_out.weight.copy_((pca.directions * strength[:, None]).T)
+            self.linear_in.weight.copy_(pca.directions * (strength / pca.variances)[:, None])
+            self.linear_in.bias.zero_()
+            self.linear_out.bias.zero_()
+            self.to_code.bias[self.config.latent :] = 0.5 * (pca.residual / pca.variances).log()
+            if self.config.likelihood == "bernoulli":
+                self.template.copy_(torch.logit(mean.clamp(0.01, 0.99)))
+                self.linear_out.weight.mul_(4.0)  # the slope of the logit at one half
+            output = self.decode(self.encode(batch.x, batch.cond).mean, batch.cond).mean
+            self.slow_log_scale.copy_(best_log_scale(self.config.likelihood, batch.x, output) / 10)
+
+    def finalise(self, batches: Iterable[Batch]) -> None:
+        """Fit the Gaussian field that sampling draws codes from."""
+        codes, spreads, conds = [], [], []
+        with torch.no_grad():
+            for batch in batches:
+                posterior = self.encode(batch.x, batch.cond)
+                codes.append(posterior.mean)
+                spreads.append(posterior.variance)
+                conds.append(torch.zeros(len(batch.x), dtype=torch.long) if batch.cond is None else batch.cond.cpu())
+        self.field.fit(torch.cat(codes), torch.cat(spreads), torch.cat(conds))
+
+    # -- abilities -----------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
+        """`n` scans: the mean of p(x | z) for z from the fitted code field."""
+        size = _MICRO_BATCH[self.config.dims]
+        drawn = []
+        for first in range(0, n, size):
+            last = torch.arange(first, first + size).clamp(max=n - 1)
+            chosen = None if cond is None else cond[last].to(self.log_scale.device)
+            codes = self.field.sample(size, seed=seed, first=first, cond=chosen)
+            drawn.append(self.decode(codes.to(self.log_scale.device), chosen).mean[: n - first])
+        return torch.cat(drawn)
+
+    @torch.no_grad()
+    def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
+        """The mean of p(x | z) at the mean of q(z | x)."""
+        return self.decode(self.encode(x, cond).mean, cond).mean
+
+    @torch.no_grad()
+    def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
+        """A lower bound of log p(x) in nats, at the posterior mean's reconstruction noise.
+
+        One sample of z drawn from q with a fixed seed per scan, so that evaluation is repeatable.
+        """
+        posterior = self.encode(x, cond)
+        noise = seeded_noise(tuple(posterior.mean.shape), seed=0).to(x.device)
+        z = posterior.mean + posterior.stddev * noise
+        rate = kl_to_standard_normal(posterior).flatten(1).sum(1)
+        return self.decode(z, cond).log_prob(x) - rate
+
+
+__all__ = ["VAE"]

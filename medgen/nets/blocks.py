@@ -1,0 +1,190 @@
+"""Convolutional parts for images and volumes; `dims` is 2 or 3."""
+
+from collections.abc import Sequence
+from math import prod
+from typing import Literal
+
+import torch
+from jaxtyping import Float
+from monai.networks.layers.factories import Conv
+from torch import Tensor, nn
+
+
+def conv(dims: Literal[2, 3] | int, inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Module:
+    """A convolution that keeps the size (or divides it by `stride`)."""
+    return Conv[Conv.CONV, dims](inside, outside, kernel, stride=stride, padding=kernel // 2)
+
+
+def norm(width: int) -> nn.GroupNorm:
+    """Group normalisation with up to 8 groups: independent of the batch, so of batch size 1."""
+    groups = next(g for g in (8, 4, 2, 1) if width % g == 0)
+    return nn.GroupNorm(groups, width)
+
+
+class Residual(nn.Module):
+    """x + conv(act(norm(conv(act(norm(x)))))); starts as the identity (He et al. 2016, v2)."""
+
+    def __init__(self, dims: int, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Sequential(
+            norm(width), nn.SiLU(), conv(dims, width, width), norm(width), nn.SiLU(), conv(dims, width, width)
+        )
+        nn.init.zeros_(self.inner[-1].weight)
+        nn.init.zeros_(self.inner[-1].bias)
+
+    def forward(self, x: Float[Tensor, "b w *space"]) -> Float[Tensor, "b w *space"]:
+        """Same shape out as in."""
+        return x + self.inner(x)
+
+
+def to_blocks(x: Float[Tensor, "b c *space"], block: Sequence[int]) -> Float[Tensor, "b *coarse features"]:
+    """Cut space into blocks of `block` voxels; each becomes one row of c * prod(block) features.
+
+    >>> to_blocks(torch.zeros(1, 2, 4, 6), (2, 3)).shape
+    torch.Size([1, 2, 2, 12])
+    """
+    batch, channels, *space = x.shape
+    dims = len(space)
+    split = [size for n, size in zip(space, block, strict=True) for size in (n // size, size)]
+    coarse, fine = range(2, 2 + 2 * dims, 2), range(3, 3 + 2 * dims, 2)
+    rows = x.reshape(batch, channels, *split).permute(0, *coarse, 1, *fine)
+    return rows.reshape(*rows.shape[: 1 + dims], -1)
+
+
+def from_blocks(rows: Float[Tensor, "b *coarse features"], block: Sequence[int]) -> Float[Tensor, "b c *space"]:
+    """The inverse of `to_blocks`."""
+    batch, *coarse, features = rows.shape
+    dims, channels = len(coarse), features // prod(block)
+    x = rows.reshape(batch, *coarse, channels, *block)
+    order = [axis for n in range(dims) for axis in (1 + n, 2 + dims + n)]
+    x = x.permute(0, 1 + dims, *order)
+    return x.reshape(batch, channels, *[n * size for n, size in zip(coarse, block, strict=True)])
+
+
+class Fold(nn.Module):
+    """Space to channels: blocks of `factor` voxels along each axis become channels."""
+
+    def __init__(self, dims: int, factor: int) -> None:
+        super().__init__()
+        self.block = (factor,) * dims
+
+    def forward(self, x: Float[Tensor, "b c *space"]) -> Tensor:
+        """(b, c * factor**dims, *space / factor)."""
+        return to_blocks(x, self.block).movedim(-1, 1)
+
+
+class Unfold(nn.Module):
+    """Channels back to space; the inverse of `Fold`."""
+
+    def __init__(self, dims: int, factor: int) -> None:
+        super().__init__()
+        self.block = (factor,) * dims
+
+    def forward(self, x: Tensor) -> Float[Tensor, "b c *space"]:
+        """(b, c, *space * factor)."""
+        return from_blocks(x.movedim(1, -1), self.block)
+
+
+class Up(nn.Module):
+    """Twice the size along each axis: nearest neighbour, then a convolution (no checkerboard)."""
+
+    def __init__(self, dims: int, inside: int, outside: int) -> None:
+        super().__init__()
+        self.conv = conv(dims, inside, outside)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(b, outside, *2 space)."""
+        return self.conv(nn.functional.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class ConditionBias(nn.Module):
+    """Adds a learned vector per class to every position; nothing when there are no classes."""
+
+    def __init__(self, classes: int, width: int) -> None:
+        super().__init__()
+        self.table = nn.Embedding(classes, width) if classes else None
+
+    def forward(self, x: Float[Tensor, "b w *space"], cond: Tensor | None) -> Float[Tensor, "b w *space"]:
+        """Same shape out as in; `cond` (b,) are class indices."""
+        if self.table is None or cond is None:
+            return x
+        bias = self.table(cond)
+        return x + bias.reshape(*bias.shape, *[1] * (x.ndim - 2))
+
+
+class Encoder(nn.Module):
+    """Fold, then `levels` halvings with `depth` residual blocks each; widths grow towards the code.
+
+    Args:
+        dims: 2 or 3.
+        channels: of the scan.
+        width: features at the finest level, doubling per level up to `most`.
+        levels: how many times the size is halved after folding.
+        fold: block size turned into channels before anything else (cheap full resolution).
+        depth: residual blocks a level.
+        classes: how many classes to condition on, 0 for none.
+    """
+
+    def __init__(self, dims: int, channels: int, width: int, levels: int, *, fold: int, depth: int, classes: int):
+        super().__init__()
+        widths = level_widths(width, levels)
+        self.fold = Fold(dims, fold)
+        self.stem = conv(dims, channels * fold**dims, widths[0])
+        self.condition = ConditionBias(classes, widths[0])
+        layers: list[nn.Module] = []
+        for level in range(levels):
+            layers += [Residual(dims, widths[level]) for _ in range(depth)]
+            layers += [conv(dims, widths[level], widths[level + 1], stride=2)]
+        layers += [Residual(dims, widths[-1]) for _ in range(depth)]
+        self.body = nn.Sequential(*layers, norm(widths[-1]), nn.SiLU())
+        self.width = widths[-1]
+
+    def forward(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Tensor:
+        """Features (b, width, *space / (fold * 2**levels))."""
+        return self.body(self.condition(self.stem(self.fold(x)), cond))
+
+
+class Decoder(nn.Module):
+    """The mirror of `Encoder`: features at the coarsest level to `channels` at full size."""
+
+    def __init__(self, dims: int, channels: int, width: int, levels: int, *, fold: int, depth: int, classes: int):
+        super().__init__()
+        widths = level_widths(width, levels)
+        self.condition = ConditionBias(classes, widths[-1])
+        layers: list[nn.Module] = [Residual(dims, widths[-1]) for _ in range(depth)]
+        for level in reversed(range(levels)):
+            layers += [Up(dims, widths[level + 1], widths[level])]
+            layers += [Residual(dims, widths[level]) for _ in range(depth)]
+        self.body = nn.Sequential(*layers, norm(widths[0]), nn.SiLU())
+        self.head = nn.Sequential(conv(dims, widths[0], channels * fold**dims), Unfold(dims, fold))
+        self.width = widths[-1]
+
+    def forward(self, features: Tensor, cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
+        """A scan-sized output from features (b, width, *coarse)."""
+        return self.head(self.body(self.condition(features, cond)))
+
+
+def level_widths(width: int, levels: int, most: int = 4) -> list[int]:
+    """Features a level: doubling, to at most `most` times the first.
+
+    >>> level_widths(16, 3)
+    [16, 32, 64, 64]
+    """
+    return [width * min(2**level, most) for level in range(levels + 1)]
+
+
+def count_parameters(module: nn.Module) -> int:
+    """How many numbers training changes."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def channels_last(module: nn.Module, dims: int) -> nn.Module:
+    """The module with weights laid out channels last, which CPUs and GPUs convolve faster."""
+    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
+    return module.to(memory_format=layout)
+
+
+__all__ = [
+    "ConditionBias", "Decoder", "Encoder", "Fold", "Residual", "Unfold", "Up",
+    "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "norm", "to_blocks",
+]  # fmt: skip

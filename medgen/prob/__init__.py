@@ -1,0 +1,1 @@
+"""Probability, spoken in distributions: likelihoods, priors and divergences."""

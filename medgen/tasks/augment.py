@@ -1,0 +1,307 @@
+"""`medgen augment`: learn a folder, write synthetic scans in the folder's own format.
+
+No written scan is a copy of a training scan: each is compared with all of them, and copies are
+drawn again.
+"""
+
+import csv
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from medgen import io
+from medgen.bundle import Bundle
+from medgen.data.dataset import ScanDataset
+from medgen.data.manifest import Manifest, Row
+from medgen.errors import CapabilityError, ConfigError, DataError, PrivacyError
+from medgen.io.source import ReadOptions
+from medgen.log import note, progress
+from medgen.metrics.memorisation import CopyDetector, CopyTest
+from medgen.models import FAMILIES, family
+from medgen.report.pictures import contact_sheet
+from medgen.scan import Scale, Scan
+from medgen.tasks.anomaly import file_name
+from medgen.tasks.learn import learn, plan_training
+from medgen.tasks.workspace import Workspace
+
+Format = Literal["auto", "nifti", "dicom", "png", "npz"]
+_FORMAT_OF = {"nifti": "nifti", "itk": "nifti", "dicom": "dicom", "raster": "png", "npz": "npz"}
+# A scan that keeps coming out as a copy after this many draws means the model has memorised.
+_MOST_DRAWS = 20
+
+
+@dataclass(frozen=True)
+class Augmented:
+    """What was written.
+
+    Args:
+        folder: where.
+        written: how many synthetic scans.
+        copies_rejected: how many draws were discarded as copies of training scans.
+        copy_test: how well copies are told on this dataset; None where they could not be.
+        format: of the files.
+    """
+
+    folder: Path
+    written: int
+    copies_rejected: int
+    copy_test: CopyTest | None
+    format: str
+
+
+def augment(
+    data: str | Path,
+    out: str | Path,
+    *,
+    n: int | None = None,
+    per_class: int | None = None,
+    bundle: str | Path | None = None,
+    format: Format = "auto",
+    preset: str | Path | None = None,
+    label: str | None = None,
+    domain: str | None = None,
+    overrides: Sequence[str] = (),
+    minutes: float | None = 20,
+    seed: int = 0,
+    device: str = "auto",
+    options: ReadOptions = ReadOptions(),
+    force: bool = False,
+) -> Augmented:
+    """Learn the scans of a folder and write new ones beside nothing of theirs.
+
+    `out` gets the synthetic scans in the layout of `data` (class sub-folders stay), `manifest.csv`,
+    `contact_sheet.png`, `run.json` and the trained `bundle`.
+
+    Args:
+        data: a folder, CSV or .npz of scans.
+        out: a folder that must not exist.
+        n: how many scans in all; default 20, or as many as there are classes times ten.
+        per_class: how many of each class instead.
+        bundle: use this trained bundle instead of learning; `data` then serves the copy test.
+        format: 'auto' writes what `data` is made of.
+        preset, label, domain, overrides, minutes, seed, device, options: as for `train`.
+        force: replace an existing output.
+
+    Raises:
+        DataError, ConfigError, CapabilityError, TrainingError, PrivacyError, OutputError.
+    """
+    settings = {
+        "data": str(Path(data).resolve()), "n": n, "per_class": per_class, "bundle": str(bundle), "format": format,
+        "preset": str(preset), "label": label, "domain": domain, "overrides": list(overrides), "minutes": minutes,
+        "seed": seed, "options": vars(options),
+    }  # fmt: skip
+    work = Workspace(out, settings, force=force)
+    plan = plan_training(
+        data, preset=preset, label=label, domain=domain, overrides=overrides, minutes=minutes, options=options, seed=seed
+    )
+    if bundle is not None:
+        trained = Bundle.load(bundle)
+    elif "bundle" in work.done:
+        trained = Bundle.load(work.folder / "bundle")
+    else:
+        trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
+        work.record("bundle")
+    _require_sampling(trained)
+    wanted = _wanted(trained.model.config.classes, n, per_class)
+    chosen = _format(format, plan.manifest)
+    detector, test = _copy_detector(plan.manifest, trained, options, seed)
+    written, rejected = _generate(trained, wanted, chosen, detector, test, work, seed)
+    _finish_files(written, trained, chosen, work, seed)
+    facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict() if test else None}
+    work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
+    return Augmented(Path(out), len(written), rejected, test, chosen)
+
+
+# -- decisions -----------------------------------------------------------------------------------
+
+
+def _require_sampling(bundle: Bundle) -> None:
+    model = bundle.model
+    if "samples" not in model.abilities(model.config):
+        able = [name for name in FAMILIES if "samples" in family(name).abilities(model.config)]
+        raise CapabilityError(f"{model.config.kind} cannot augment: it does not sample. Models that can: {able}.")
+
+
+def _wanted(classes: Sequence[str], n: int | None, per_class: int | None) -> list[tuple[str, str]]:
+    """(name, class) of every scan to write."""
+    if per_class is not None and not classes:
+        raise ConfigError("--per-class needs scans with classes (sub-folders, or a label column). Use --n.")
+    if per_class is not None and n is not None:
+        raise ConfigError("--n and --per-class exclude each other.")
+    if per_class is None:
+        total = n if n is not None else (10 * len(classes) if classes else 20)
+        labels = [classes[i % len(classes)] if classes else "" for i in range(total)]
+    else:
+        labels = [name for name in classes for _ in range(per_class)]
+    if not labels or min(len(labels), n if n is not None else 1) < 1:
+        raise ConfigError("The number of scans to write must be at least 1.")
+    digits = max(4, len(str(len(labels))))
+    return [(f"SYN-{i + 1:0{digits}d}", label) for i, label in enumerate(labels)]
+
+
+def _format(asked: Format, manifest: Manifest) -> str:
+    kinds = [row.kind for row in manifest.rows]
+    return _FORMAT_OF[max(sorted(set(kinds)), key=kinds.count)] if asked == "auto" else asked
+
+
+def _copy_detector(
+    manifest: Manifest, bundle: Bundle, options: ReadOptions, seed: int
+) -> tuple[CopyDetector | None, CopyTest | None]:
+    """Compare with everybody the model may have learnt from; the threshold comes from those it did not."""
+    known = manifest.split("train")
+    rows = (*known.rows, *manifest.split("val").rows)
+    held = tuple(row for row in manifest.rows if row.split in ("calibration", "test"))
+    owners = {row.case: row.patient for row in rows}
+    train = ScanDataset(_part(manifest, rows), bundle.recipe, options=options)
+    items = [train[i] for i in range(len(train))]
+    if len({owners[item["case"]] for item in items}) < 2:
+        note("Copies cannot be told with a single training patient; the outputs are not screened.")
+        return None, None
+    detector = CopyDetector(torch.stack([item["x"] for item in items]), [owners[item["case"]] for item in items])
+    if not held:
+        note("No held-out scan: copies are told with the threshold r = 0.5.")
+        return detector, CopyTest(0.5, 0.0, {}, 0, False)
+    new = ScanDataset(_part(manifest, held), bundle.recipe, options=options)
+    count = min(len(new), 200)
+    test = detector.calibrate(torch.stack([new[i]["x"] for i in range(count)]), seed=seed)
+    if not test.reliable:
+        worst = min(test.copies_caught, key=lambda kind: test.copies_caught[kind])
+        note(
+            f"On these scans copies are told imperfectly: {test.held_out_flagged:.0%} of held-out scans look like copies, "
+            f"{test.copies_caught[worst]:.0%} of {worst} copies are caught. Do not rely on the screening alone."
+        )
+    return detector, test
+
+
+def _part(manifest: Manifest, rows: Sequence[Row]) -> Manifest:
+    from dataclasses import replace
+
+    return replace(manifest, rows=tuple(rows))
+
+
+# -- generation ----------------------------------------------------------------------------------
+
+
+def _generate(
+    bundle: Bundle,
+    wanted: Sequence[tuple[str, str]],
+    chosen: str,
+    detector: CopyDetector | None,
+    test: CopyTest | None,
+    work: Workspace,
+    seed: int,
+) -> tuple[list[dict[str, Any]], int]:
+    """Draw, screen and write every scan not in the journal; a copy is drawn again under the next number."""
+    classes = bundle.model.config.classes
+    rejected = 0
+    with progress("Generating", len(wanted)) as bar:
+        for index, (name, label) in enumerate(wanted):
+            if f"scan {name}" not in work.done:
+                cond = torch.tensor([classes.index(label)]) if classes else None
+                values, draws, ratio = _new_scan(bundle, index, cond, detector, test, seed)
+                place = _write(bundle, values, name, label, chosen, work.folder, seed)
+                row = {"case": name, "patient": name, "path": place, "label": label, "draws": draws, "r": ratio}
+                work.record(f"scan {name}", row)
+            rejected += work.done[f"scan {name}"]["draws"] - 1
+            bar.advance()
+    return [work.done[f"scan {name}"] for name, _ in wanted], rejected
+
+
+def _new_scan(
+    bundle: Bundle, index: int, cond: Tensor | None, detector: CopyDetector | None, test: CopyTest | None, seed: int
+) -> tuple[Tensor, int, float | None]:
+    for draw in range(_MOST_DRAWS):
+        values = bundle.model.sample(1, seed=seed + index + 1_000_003 * draw, cond=cond)[0].clamp(0, 1)
+        if detector is None or test is None:
+            return values, draw + 1, None
+        ratio = detector.nearest(values)[0]
+        if ratio >= test.threshold:
+            return values, draw + 1, round(ratio, 4)
+    raise PrivacyError(
+        f"{_MOST_DRAWS} draws in a row were copies of training scans: the model has memorised them. Nothing was written. "
+        "Train on more scans, or for a shorter time."
+    )
+
+
+def _write(bundle: Bundle, values: Tensor, name: str, label: str, chosen: str, folder: Path, seed: int) -> str:
+    """Write one scan into the layout; returns its path relative to `folder`."""
+    scan = synthetic_scan(bundle, values)
+    place = Path(file_name(label)) if label else Path("images" if chosen in ("nifti", "png") else "")
+    (folder / place).mkdir(parents=True, exist_ok=True)
+    if chosen == "dicom":
+        from medgen.io.dicom_write import Provenance, write_series
+
+        made = Provenance(
+            description="Scan generated from noise by a model; shows nobody",
+            model=bundle.name,
+            weights_sha256=bundle.weights_sha256,
+            seed=seed,
+            content="synthetic",
+        )
+        target = folder / place / name
+        if not target.exists():
+            write_series(scan, target, provenance=made, name=name)
+        return (place / name).as_posix()
+    if chosen == "npz":
+        target = folder / "arrays" / f"{name}.nii.gz"
+        target.parent.mkdir(exist_ok=True)
+        io.write(scan, target)
+        return target.relative_to(folder).as_posix()
+    suffix = {"nifti": ".nii.gz", "png": ".png"}[chosen]
+    target = folder / place / f"{name}{suffix}"
+    target.unlink(missing_ok=True)
+    io.write(scan, target)
+    return target.relative_to(folder).as_posix()
+
+
+def synthetic_scan(bundle: Bundle, values: Tensor) -> Scan:
+    """Generated values (c, *space) as a scan in the training scans' unit, whole numbers where theirs were."""
+    scan = bundle.contract.physical_scan(values.cpu().numpy().astype(np.float32))
+    if not bundle.contract.integers:
+        return scan
+    physical = np.round(scan.physical())
+    low, high = physical.min(), physical.max()
+    kind = next((k for k in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
+    return scan.with_voxels(physical.astype(kind), scale=Scale(unit=bundle.contract.unit))
+
+
+def _finish_files(written: Sequence[dict[str, Any]], bundle: Bundle, chosen: str, work: Workspace, seed: int) -> None:
+    """The manifest, the contact sheet, and the .npz that collects small arrays."""
+    shown = [io.read(work.folder / row["path"]) for row in written[:24]]
+    title = f"SYNTHETIC: {len(written)} scans generated by {bundle.name}, seed {seed}"
+    contact_sheet(shown, work.folder / "contact_sheet.png", title=title)
+    if chosen == "npz":
+        written = _as_npz(written, work.folder)
+    columns = ["case", "patient", "path", "label", "split", "synthetic", "r"]
+    with (work.folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, columns, extrasaction="ignore")
+        writer.writeheader()
+        writer.writerows({"split": "train", "synthetic": "yes", **row} for row in written)
+
+
+def _as_npz(written: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    import shutil
+
+    from medgen.io.raster import write_npz
+
+    scans = [io.read(folder / row["path"]) for row in written]
+    # (c, i, j, k) to (k, j, i, c), the order of rows and columns in such files; single axes go.
+    arrays = np.stack([np.squeeze(scan.voxels.transpose(3, 2, 1, 0), axis=tuple(_single(scan))) for scan in scans])
+    labels = sorted({row["label"] for row in written})
+    ids = np.asarray([[int(row["label"]) if row["label"].isdigit() else labels.index(row["label"])] for row in written])
+    (folder / "synthetic.npz").unlink(missing_ok=True)
+    write_npz(folder / "synthetic.npz", {"train": arrays}, {"train": ids})
+    shutil.rmtree(folder / "arrays")
+    return [{**row, "path": f"synthetic.npz#train/{n}"} for n, row in enumerate(written)]
+
+
+def _single(scan: Scan) -> list[int]:
+    return ([0] if scan.is_planar else []) + ([3] if scan.channels == 1 else [])
+
+
+__all__ = ["Augmented", "augment", "synthetic_scan"]

@@ -1,0 +1,353 @@
+"""`medgen train`: from a folder of scans to a bundle."""
+
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from medgen import io
+from medgen.bundle import Bundle, Contract
+from medgen.config import Preset, load_preset, typed
+from medgen.data.dataset import ScanDataset
+from medgen.data.fingerprint import Fingerprint, auto_recipe, fingerprint
+from medgen.data.manifest import Manifest, index
+from medgen.data.recipe import CropOrPad, Recipe
+from medgen.errors import ConfigError, DataError, MedgenError
+from medgen.grid import Grid
+from medgen.io.source import ReadOptions
+from medgen.log import note, track
+from medgen.metrics.image import psnr
+from medgen.models import build, family
+from medgen.models.base import Model, ModelConfig
+from medgen.nets.blocks import count_parameters
+from medgen.report.pictures import contact_sheet
+from medgen.tasks.anomaly import calibrate
+from medgen.tasks.workspace import Workspace
+from medgen.training.fit import FitConfig, fit, images_in
+
+# Scans read to find a recipe; a fingerprint needs no more.
+_LOOKED_AT = 64
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """What a training run will do, before it does it.
+
+    Args:
+        manifest: the scans, with splits.
+        preset: name of the preset.
+        model: config of the model.
+        recipe: from scan to model input.
+        fit: how to train.
+        found: the scans' fingerprint.
+        minutes: training time to keep within, None for no bound.
+    """
+
+    manifest: Manifest
+    preset: str
+    model: ModelConfig
+    recipe: Recipe
+    fit: FitConfig
+    found: Fingerprint
+    minutes: float | None
+
+    def describe(self) -> dict[str, Any]:
+        """Plain values for people and for JSON."""
+        counts = {name: len(self.manifest.split(name)) for name in ("train", "val", "calibration", "test")}
+        return {
+            "scans": counts,
+            "classes": list(self.model.classes),
+            "preset": self.preset,
+            "model": self.model.model_dump(mode="json"),
+            "recipe": self.recipe.model_dump(mode="json"),
+            "fit": self.fit.model_dump(mode="json"),
+            "minutes": self.minutes,
+        }
+
+
+def plan_training(
+    data: str | Path,
+    *,
+    preset: str | Path | None = None,
+    label: str | None = None,
+    domain: str | None = None,
+    overrides: Sequence[str] = (),
+    minutes: float | None = 20,
+    options: ReadOptions = ReadOptions(),
+    seed: int = 0,
+) -> Plan:
+    """Look at the scans and decide everything; nothing is written.
+
+    Raises:
+        DataError: nothing to learn from.
+        ConfigError: the preset does not fit.
+    """
+    manifest = _chosen(index(data, options, seed=seed), label, domain)
+    note(manifest.summary())
+    found = fingerprint(_readable(manifest.split("train"), options))
+    name = str(preset or ("vae2d" if found.planar else "vae3d"))
+    values = load_preset(name, overrides)
+    if values.about.dims != (2 if found.planar else 3):
+        kind = "images" if found.planar else "volumes"
+        raise ConfigError(f"Preset {name!r} is for {values.about.dims}D; these are {kind}. Run `medgen models` for others.")
+    recipe = _recipe(values, found)
+    config = _model_config(values, recipe, found, manifest, name)
+    settings = typed(FitConfig, values.fit, name, "fit")
+    return Plan(manifest, name, config, recipe, settings, found, minutes)
+
+
+def train(
+    data: str | Path,
+    out: str | Path,
+    *,
+    preset: str | Path | None = None,
+    label: str | None = None,
+    domain: str | None = None,
+    overrides: Sequence[str] = (),
+    minutes: float | None = 20,
+    seed: int = 0,
+    device: str = "auto",
+    options: ReadOptions = ReadOptions(),
+    licence: str = "not stated",
+    force: bool = False,
+) -> Path:
+    """Learn what the scans of a folder look like and keep it as a bundle.
+
+    Args:
+        data: a folder, CSV or .npz of scans; every scan is taken for one that belongs.
+        out: the bundle's folder, which must not exist.
+        preset: name or YAML file; None: the default for images or for volumes.
+        label: learn one class only, such as 'normal'.
+        domain: learn one modality or site only.
+        overrides: 'a.b=c' changes of the preset.
+        minutes: training time to keep within on this machine; None: the preset's images.
+        seed: decides splits, order, noise.
+        device: 'auto', 'cpu', 'cuda', 'mps'.
+        options: how strict reading is.
+        licence: of the weights, for the model card.
+        force: replace an existing output.
+
+    Returns:
+        The bundle's folder.
+
+    Raises:
+        DataError, ConfigError, TrainingError, OutputError.
+    """
+    settings = {
+        "data": str(Path(data).resolve()), "preset": str(preset), "label": label, "domain": domain,
+        "overrides": list(overrides), "minutes": minutes, "seed": seed, "options": vars(options),
+    }  # fmt: skip
+    work = Workspace(out, settings, force=force)
+    plan = plan_training(
+        data, preset=preset, label=label, domain=domain, overrides=overrides, minutes=minutes, options=options, seed=seed
+    )
+    learn(plan, work, seed=seed, device=device, options=options, licence=licence)
+    return work.finish({"command": "train", "settings": settings, "plan": plan.describe()})
+
+
+def learn(
+    plan: Plan, work: Workspace, *, seed: int, device: str, options: ReadOptions, licence: str = "not stated",
+    place: Path | None = None,
+) -> Bundle:  # fmt: skip
+    """Train what `plan` says inside `work` and write the bundle to `place` (default: the workspace itself)."""
+    begun = time.monotonic()
+    classes = plan.model.classes
+    train_set = ScanDataset(plan.manifest.split("train"), plan.recipe, classes=classes, options=options)
+    val_rows = plan.manifest.split("val")
+    val_set = ScanDataset(val_rows, plan.recipe, classes=classes, options=options) if len(val_rows) else None
+    torch_seed = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_seed)))
+        model = build(plan.model)
+    settings = _timed(plan, model, train_set, work, device)
+    note(
+        f"Training {plan.preset} ({count_parameters(model):,} parameters) on {len(train_set)} scans of "
+        f"{' x '.join(map(str, plan.model.shape))} voxels; at most {settings.images:,} images."
+    )
+    reached = fit(model, train_set, val_set, settings, seed=seed, device=device, state_folder=work.folder / "training")
+    model.finalise(batch.to(_device(model)) for batch in train_set.batches(settings.batch_size))
+    model.cpu()
+    contract = _contract(plan, train_set)
+    calibration, tensors = calibrate(model, plan.recipe, plan.manifest.split("calibration"), options)
+    held = plan.manifest.split("calibration")
+    bundle = Bundle(
+        models={"model": model},
+        recipe=plan.recipe,
+        contract=contract,
+        calibration=calibration,
+        tensors=tensors,
+        licence=licence,
+        training={
+            "preset": plan.preset,
+            "scans": len(train_set),
+            "patients": len(plan.manifest.split("train").patients),
+            "manifest_sha256": plan.manifest.hash(),
+            "images_seen": reached.seen,
+            "best_images_seen": reached.best_seen,
+            "stopped": "early" if reached.stale >= settings.patience else "at the planned number of images",
+            "seed": seed,
+            "minutes": round((time.monotonic() - begun) / 60, 2),
+            "device": "cuda" if torch.cuda.is_available() and device in ("auto", "cuda") else "cpu",
+            "fit": settings.model_dump(mode="json"),
+            "history": reached.history,
+        },
+        metrics=_metrics(model, plan.recipe, held, classes, options),
+    )
+    place = place or work.folder
+    place.mkdir(exist_ok=True)
+    bundle.save(place)
+    preview(bundle, place / "preview.png", seed=seed)
+    return Bundle.load(place)
+
+
+def preview(bundle: Bundle, path: Path, *, seed: int) -> None:
+    """A contact sheet of generated scans."""
+    count = 12 if bundle.contract.planar else 4
+    cond = _cycled(bundle.model.config.classes, count)
+    values = bundle.model.sample(count, seed=seed, cond=cond).clamp(0, 1).numpy()
+    scans = [bundle.contract.physical_scan(value) for value in values]
+    contact_sheet(scans, path, title=f"SYNTHETIC: generated by {bundle.name}, seed {seed}")
+
+
+# -- decisions -----------------------------------------------------------------------------------
+
+
+def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manifest:
+    """The scans to learn from: one class or domain where asked, else the largest domain."""
+    if label is not None:
+        if label not in manifest.labels:
+            raise DataError(f"There is no class {label!r}. Classes: {', '.join(manifest.labels) or 'none'}.")
+        manifest = manifest.where(label=label)
+    if domain is not None:
+        if domain not in manifest.domains:
+            raise DataError(f"There is no domain {domain!r}. Domains: {', '.join(manifest.domains) or 'none'}.")
+        manifest = manifest.where(domain=domain)
+    elif len(manifest.domains) > 1:
+        largest = max(manifest.domains, key=lambda name: len(manifest.where(domain=name)))
+        note(f"The scans are of several kinds ({', '.join(manifest.domains)}); learning {largest}. --domain chooses.")
+        manifest = manifest.where(domain=largest)
+    if not len(manifest.split("train")):
+        raise DataError(f"No scan of {manifest.root} is left for training; {len(manifest)} were found.")
+    return manifest
+
+
+def _readable(manifest: Manifest, options: ReadOptions):
+    """The first scans that can be read; whatever cannot is named when the dataset is built."""
+    seen = 0
+    for row in track(manifest.rows[: 2 * _LOOKED_AT], "Looking at scans"):
+        if seen >= _LOOKED_AT:
+            return
+        try:
+            yield io.read(manifest.locate(row.path), options)
+            seen += 1
+        except MedgenError:
+            continue
+
+
+def _recipe(preset: Preset, found: Fingerprint) -> Recipe:
+    if isinstance(preset.recipe, Recipe):
+        return preset.recipe
+    if preset.recipe != "auto":
+        raise ConfigError(f"recipe: takes 'auto' or steps; found {preset.recipe!r}.")
+    multiple = family(str(preset.model.get("kind"))).stride(preset.model)
+    return auto_recipe(found, multiple=multiple, max_voxels=preset.max_voxels)
+
+
+def _model_config(preset: Preset, recipe: Recipe, found: Fingerprint, manifest: Manifest, name: str) -> ModelConfig:
+    if recipe.shape is None:
+        raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
+    classes = manifest.labels if len(manifest.labels) > 1 and all(row.label for row in manifest.rows) else ()
+    shape = recipe.shape[:2] if found.planar else recipe.shape
+    values = {"shape": shape, "channels": found.channels, "classes": classes, **preset.model}
+    return typed(family(str(values.get("kind"))).Config, values, name, "model")
+
+
+def _timed(plan: Plan, model: Model, train_set: ScanDataset, work: Workspace, device: str) -> FitConfig:
+    """The training config with as many images as fit the minutes; decided once for a run."""
+    if plan.minutes is None:
+        return plan.fit
+    if "images" not in work.journal:
+        possible, seconds = images_in(0.8 * plan.minutes, model, train_set, plan.fit, device=device)
+        work.journal["images"] = min(plan.fit.images, possible)
+        work.record()
+        note(f"One image takes {seconds:.3f} s here: {possible:,} images fit {plan.minutes:g} minutes.")
+    return plan.fit.model_copy(update={"images": work.journal["images"]})
+
+
+def _contract(plan: Plan, train_set: ScanDataset) -> Contract:
+    scales = torch.stack([train_set[n]["scale"] for n in range(len(train_set))])
+    slope, intercept = scales.median(0).values.tolist()
+    found = plan.found
+    return Contract(
+        modality=found.modality,
+        unit=found.unit,
+        channels=found.channels,
+        planar=found.planar,
+        spacing=found.spacing,
+        low=found.physical[0],
+        high=found.physical[1],
+        integers=found.stored is not None,
+        slope=slope,
+        intercept=intercept,
+        grid=_template(plan).to_dict(),
+        space=found.space,
+        body_part=found.body_part,
+    )
+
+
+def _template(plan: Plan) -> Grid:
+    """Where generated scans lie: the recipe's window of the shared lattice, or about the world's origin."""
+    found, recipe = plan.found, plan.recipe
+    grid = found.lattice
+    if grid is None:
+        affine = np.diag([*found.spacing, 1.0])
+        grid = Grid(recipe.shape, affine)
+    for step in recipe.steps:
+        if isinstance(step, CropOrPad) and step.about == "foreground":
+            grid = grid.centred(step.shape)
+        elif hasattr(step, "place"):
+            grid = step.place(grid, None)
+    if found.lattice is None:
+        affine = grid.affine.copy()
+        affine[:3, 3] -= grid.centre
+        grid = Grid(grid.shape, affine)
+    return grid
+
+
+def _metrics(
+    model: Model, recipe: Recipe, held: Manifest, classes: Sequence[str], options: ReadOptions
+) -> dict[str, float]:
+    if not len(held) or "reconstructs" not in model.abilities(model.config):
+        return {}
+    try:
+        data = ScanDataset(held, recipe, classes=classes, options=options)
+    except DataError:
+        return {}
+    ratios, bounds = [], []
+    for batch in data.batches(8):
+        ratios.append(psnr(model.reconstruct(batch.x, batch.cond), batch.x))
+        if "bounds_density" in model.abilities(model.config):
+            bounds.append(model.elbo(batch.x, batch.cond) / batch.x[0].numel())
+    named = {"held_out_scans": len(data), "held_out_psnr_db": round(float(torch.cat(ratios).mean()), 2)}
+    return named | ({"held_out_elbo_nats_per_voxel": round(float(torch.cat(bounds).mean()), 4)} if bounds else {})
+
+
+def _cycled(classes: Sequence[str], count: int) -> torch.Tensor | None:
+    return torch.arange(count) % len(classes) if classes else None
+
+
+def _device(model: Model) -> torch.device:
+    return next(model.parameters()).device
+
+
+def cores() -> int:
+    """Processor cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+__all__ = ["Plan", "learn", "plan_training", "preview", "train"]

@@ -1,0 +1,105 @@
+"""Where a long task works: beside its output, resumable, renamed into place when complete."""
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from medgen.errors import OutputError
+
+_JOURNAL = "journal.json"
+
+
+class Workspace:
+    """The unfinished output `OUT.part`; `finish` renames it to OUT.
+
+    An interrupted run leaves OUT.part behind; the same command goes on from there. Another command is
+    refused rather than mixed in.
+
+    Args:
+        out: the final folder, which must not exist.
+        settings: what decides the output; the same settings may go on where they stopped.
+        force: replace `out` and discard an unfinished run with other settings.
+
+    Raises:
+        OutputError: `out` exists, or holds an unfinished run with other settings.
+    """
+
+    def __init__(self, out: str | Path, settings: Mapping[str, Any], *, force: bool = False) -> None:
+        self.out = Path(out)
+        self.folder = self.out.with_name(self.out.name + ".part")
+        self._started = time.monotonic()
+        if self.out.exists() and not force:
+            raise OutputError(f"{self.out} exists already. Choose another -o, or pass --force to replace it.")
+        signature = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
+        self.journal: dict[str, Any] = {"signature": signature, "done": {}}
+        self.resumed = False
+        try:
+            if self.folder.exists():
+                self._take_over(signature, force)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise OutputError(f"Cannot write beside {self.out}: {error.strerror}.") from error
+        self.record()
+
+    def _take_over(self, signature: str, force: bool) -> None:
+        place = self.folder / _JOURNAL
+        try:
+            journal = json.loads(place.read_text())
+        except (OSError, json.JSONDecodeError):
+            journal = {}
+        if journal.get("signature") == signature:
+            self.journal, self.resumed = journal, True
+        elif force or not journal:
+            shutil.rmtree(self.folder)
+        else:
+            raise OutputError(
+                f"{self.folder} holds an unfinished run with other settings. Repeat that command to finish it, "
+                "or pass --force to discard it."
+            )
+
+    @property
+    def done(self) -> dict[str, Any]:
+        """What the journal says is finished, by name."""
+        return self.journal["done"]
+
+    def record(self, name: str | None = None, facts: Any = True) -> None:
+        """Note in the journal that `name` is finished; survives an interruption right after."""
+        if name is not None:
+            self.done[name] = facts
+        part = self.folder / (_JOURNAL + ".part")
+        try:
+            part.write_text(json.dumps(self.journal))
+            os.replace(part, self.folder / _JOURNAL)
+        except OSError as error:
+            raise OutputError(f"Cannot write {part}: {error.strerror}. Free some space and run again.") from error
+
+    def finish(self, manifest: Mapping[str, Any], *, keep: str = "run.json") -> Path:
+        """Write the run manifest, drop what only resuming needed, and give the folder its final name."""
+        stated = {
+            "medgen": version("medgen"),
+            "python": platform.python_version(),
+            "platform": f"{platform.system()} {platform.machine()}",
+            "seconds": round(time.monotonic() - self._started, 1),
+            "research_use_only": "Research use only, not a medical device.",
+            **manifest,
+        }
+        try:
+            (self.folder / keep).write_text(json.dumps(stated, indent=1, default=str) + "\n")
+            (self.folder / _JOURNAL).unlink()
+            shutil.rmtree(self.folder / "training", ignore_errors=True)
+            if self.out.is_dir():
+                shutil.rmtree(self.out)
+            os.replace(self.folder, self.out)
+        except OSError as error:
+            raise OutputError(f"Cannot finish {self.out}: {error.strerror}.") from error
+        return self.out
+
+
+__all__ = ["Workspace"]

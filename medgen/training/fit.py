@@ -1,0 +1,357 @@
+"""Train any model: `forward(batch, player)` is the loss, images seen are the clock."""
+
+import copy
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from lightning_fabric import Fabric
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+from medgen.data.dataset import Augment, Batch, Draws, ScanDataset, loader
+from medgen.errors import TrainingError
+from medgen.log import note, progress
+from medgen.models.base import Loss, Model, Player
+from medgen.seeds import derived_seed
+from medgen.training.ema import MovingAverage
+from medgen.training.state import Progress, load_state, optimizer_tensors, restore_optimizer, save_state
+
+# Which stream of randomness a seed is for; the numbers are arbitrary and fixed.
+_NOISE, _VALIDATION = 3, 4
+
+
+class FitConfig(BaseModel):
+    """How to train.
+
+    Args:
+        images: images to see at most.
+        batch_size: images a step, over all devices together.
+        learning_rate: of AdamW at its peak; it warms up, then falls along a cosine.
+        warmup: images over which it rises.
+        weight_decay: of AdamW.
+        grad_clip: largest gradient norm, with the loss in nats a voxel.
+        ema: half-life of the moving average of weights, images; the average is what is kept.
+        validations: how often the held-out loss is measured.
+        patience: validations without improvement after which training stops.
+        precision: 'auto' computes in bfloat16 where the machine does it natively and scans are volumes.
+        augment: random transforms of training scans.
+        workers: processes that draw and augment scans; 0 does it in this one.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    images: int = Field(default=30_000, ge=1)
+    batch_size: int = Field(default=32, ge=1)
+    learning_rate: float = Field(default=1e-3, gt=0)
+    warmup: int = Field(default=500, ge=0)
+    weight_decay: float = Field(default=1e-4, ge=0)
+    grad_clip: float = Field(default=1.0, gt=0)
+    ema: float = Field(default=1000, gt=0)
+    validations: int = Field(default=20, ge=1)
+    patience: int = Field(default=6, ge=1)
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    augment: tuple[Augment, ...] = ()
+    workers: int = Field(default=0, ge=0)
+
+
+def fit(
+    model: Model,
+    train: ScanDataset,
+    val: ScanDataset | None,
+    config: FitConfig,
+    *,
+    seed: int = 0,
+    device: str = "auto",
+    state_folder: Path | None = None,
+) -> Progress:
+    """Train `model` in place; it ends with the averaged weights of the best validation.
+
+    The seed and the images seen decide all randomness, so a run that was interrupted and goes on
+    from `state_folder` ends with the same weights as one that was not.
+
+    Args:
+        model: any family.
+        train: what to learn from.
+        val: what to stop on; None trains to the end.
+        config: how.
+        seed: of data order, augmentation and noise.
+        device: 'auto', 'cpu', 'cuda', 'mps'.
+        state_folder: where to keep the state for resuming; None keeps none.
+
+    Raises:
+        TrainingError: a loss is not finite (the message names its term), or memory ran out.
+        KeyboardInterrupt: Ctrl-C; the state was saved at the end of the running step.
+    """
+    run = _Run(model, train, val, config, seed=seed, device=device, state_folder=state_folder)
+    try:
+        run.train()
+    except torch.OutOfMemoryError as error:
+        raise TrainingError(
+            f"Memory ran out with {config.batch_size} scans of {tuple(train[0]['x'].shape)} a step. "
+            "Pass a smaller --set fit.batch_size, or a smaller --max-voxels."
+        ) from error
+    return run.progress
+
+
+class _Run:
+    def __init__(
+        self,
+        model: Model,
+        train: ScanDataset,
+        val: ScanDataset | None,
+        config: FitConfig,
+        *,
+        seed: int,
+        device: str,
+        state_folder: Path | None,
+    ) -> None:
+        self.model, self.data, self.val, self.config, self.seed = model, train, val, config, seed
+        self.folder = state_folder
+        self.draws = Draws(train, config.augment, seed=seed)
+        self.fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
+        self.facts = {"fit": config.model_dump(), "model": model.config.model_dump(), "seed": seed, "scans": len(train)}
+        saved = load_state(state_folder, self.facts) if state_folder else None
+        if saved is None:
+            model.to(self.fabric.device)
+            model.initialise(_first(train, 64).to(self.fabric.device))
+        self.players = model.players()
+        optimizers = [
+            torch.optim.AdamW(p.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+            for p in self.players
+        ]
+        self.module, *self.optimizers = self.fabric.setup(model, *optimizers)
+        self.average = MovingAverage(model, config.ema)
+        self.best = dict(self.average.weights)
+        self.progress = Progress()
+        if saved:
+            self._restore(*saved)
+
+    # -- the loop ------------------------------------------------------------------------------
+
+    def train(self) -> None:
+        """Until the images are seen, or validation says enough."""
+        config, done = self.config, self.progress
+        every = max(config.batch_size, config.images // config.validations)
+        started, saved_at = time.monotonic(), time.monotonic()
+        with _interruption() as interrupted, progress("Training (images seen)", config.images) as bar:
+            bar.advance(done.seen)
+            batches = self._batches()
+            while not done.finished:
+                batch = next(batches)
+                before, loss = done.seen, self._step(batch)
+                done.seen += config.batch_size
+                self.average.update(self.model, images=config.batch_size, seen=done.seen)
+                if done.seen // every > before // every or done.seen >= config.images:
+                    self._validate(loss)
+                bar.advance(config.batch_size, f"loss {loss:.4g}")
+                clock = time.monotonic()
+                if self.folder and (interrupted.is_set() or clock - saved_at > 60):
+                    done.seconds, started, saved_at = done.seconds + clock - started, clock, clock
+                    self._save()
+                if interrupted.is_set():
+                    note("Interrupted. Run the same command again to go on from here.")
+                    raise KeyboardInterrupt
+        done.seconds += time.monotonic() - started
+        self.model.load_state_dict(self.best)
+        self.model.eval()
+
+    def _batches(self) -> Iterator[Batch]:
+        batch = self.config.batch_size
+        per_rank = max(1, batch // self.fabric.world_size)
+        passes = math.ceil(self.config.images / batch) * batch + batch
+        which = range(self.progress.seen + self.fabric.global_rank, passes, self.fabric.world_size)
+        for found in loader(self.draws, which, per_rank, workers=self.config.workers):
+            yield found.to(self.fabric.device)
+
+    def _step(self, batch: Batch) -> float:
+        """One update of every active player; returns the first one's loss, nats a voxel."""
+        config, seen, shown = self.config, self.progress.seen, []
+        self.model.train()
+        rate = config.learning_rate * _schedule(seen, config)
+        for player, optimizer in zip(self.players, self.optimizers, strict=True):
+            if not _active(player, seen, config.batch_size):
+                continue
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            with _seeded(derived_seed(self.seed, _NOISE, seen, self.fabric.global_rank), self.fabric.device):
+                loss: Loss = self.module(batch, player.name)
+            check_finite(loss, player, seen)
+            total = loss.total.mean() / batch.x[0].numel()
+            optimizer.zero_grad(set_to_none=True)
+            self.fabric.backward(total)
+            nn.utils.clip_grad_norm_(player.parameters, config.grad_clip)
+            optimizer.step()
+            shown.append(float(total.detach()))
+        return shown[0] if shown else math.nan
+
+    def _validate(self, train_loss: float) -> None:
+        done = self.progress
+        held = train_loss if self.val is None else self._held_out_loss()
+        done.history.append((done.seen, train_loss, held))
+        if self.val is None or held < done.best:
+            done.best, done.best_seen, done.stale = held, done.seen, 0
+            self.best = {name: tensor.clone() for name, tensor in self.average.weights.items()}
+        else:
+            done.stale += 1
+        if done.stale >= self.config.patience:
+            note(f"Stopped early after {done.seen:,} images: no better on held-out scans since {done.best_seen:,}.")
+        done.finished = done.seen >= self.config.images or done.stale >= self.config.patience
+
+    @torch.no_grad()
+    def _held_out_loss(self) -> float:
+        """Mean loss of the averaged weights on validation scans, with the same noise every time."""
+        live = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
+        self.model.load_state_dict(self.average.weights)
+        self.model.eval()
+        total = count = 0.0
+        with _seeded(derived_seed(self.seed, _VALIDATION), self.fabric.device):
+            for batch in self.val.batches(self.config.batch_size):
+                moved = batch.to(self.fabric.device)
+                loss = self.module(moved, self.players[0].name)
+                total += float(loss.total.sum()) / batch.x[0].numel()
+                count += len(batch.x)
+        self.model.load_state_dict(live)
+        return total / count
+
+    # -- resuming ------------------------------------------------------------------------------
+
+    def _save(self) -> None:
+        tensors: dict[str, Tensor] = {}
+        for prefix, weights in (
+            ("model", self.model.state_dict()),
+            ("average", self.average.weights),
+            ("best", self.best),
+        ):
+            tensors |= {f"{prefix}.{name}": tensor for name, tensor in weights.items()}
+        for player, optimizer in zip(self.players, self.optimizers, strict=True):
+            tensors |= optimizer_tensors(optimizer.optimizer, f"optimizer.{player.name}")
+        if self.fabric.is_global_zero:
+            save_state(self.folder, tensors, self.progress, self.facts)
+
+    def _restore(self, tensors: dict[str, Tensor], saved: Progress) -> None:
+        def part(prefix: str) -> dict[str, Tensor]:
+            device = self.fabric.device
+            return {k.removeprefix(f"{prefix}."): t.to(device) for k, t in tensors.items() if k.startswith(f"{prefix}.")}
+
+        self.model.load_state_dict(part("model"))
+        self.average.weights, self.best = part("average"), part("best")
+        for player, optimizer in zip(self.players, self.optimizers, strict=True):
+            restore_optimizer(optimizer.optimizer, tensors, f"optimizer.{player.name}")
+        self.progress = saved
+        note(f"Going on after {saved.seen:,} images.")
+
+
+# -- parts ---------------------------------------------------------------------------------------
+
+
+def fabric_for(device: str, precision: str, *, dims: int) -> Fabric:
+    """The device and precision to compute with."""
+    accelerator = {"cuda": "gpu"}.get(device, device)
+    chosen = {"float32": "32-true", "bfloat16": "bf16-mixed"}.get(precision)
+    if chosen is None:
+        chosen = "bf16-mixed" if dims == 3 and _native_bfloat16(device) else "32-true"
+    devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
+    fabric = Fabric(accelerator=accelerator, devices=1 if devices == 1 else devices, precision=chosen)
+    fabric.launch()
+    return fabric
+
+
+def _native_bfloat16(device: str) -> bool:
+    if device in ("auto", "cuda") and torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported()
+    return device in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
+
+
+def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfig, *, device: str) -> tuple[int, float]:
+    """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps."""
+    trial = copy.deepcopy(model)
+    fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
+    player = trial.players()[0]
+    optimizer = torch.optim.AdamW(player.parameters, lr=0.0)
+    module, optimizer = fabric.setup(trial, optimizer)
+    batch = _first(train, config.batch_size).to(fabric.device)
+    timings = []
+    for _ in range(4):
+        begun = time.monotonic()
+        with _seeded(0, fabric.device):
+            total = module(batch, player.name).total.mean() / batch.x[0].numel()
+        optimizer.zero_grad()
+        fabric.backward(total)
+        optimizer.step()
+        timings.append(time.monotonic() - begun)
+    seconds = min(timings[1:]) / len(batch.x)
+    return max(config.batch_size, int(minutes * 60 / seconds)), seconds
+
+
+def check_finite(loss: Loss, player: Player, seen: int) -> None:
+    """Refuse a loss that is not finite, naming the term.
+
+    Raises:
+        TrainingError: some term is NaN or infinite.
+    """
+    if bool(torch.isfinite(loss.total).all()):
+        return
+    bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())] or ["total"]
+    raise TrainingError(
+        f"After {seen:,} images the loss of '{player.name}' is not finite; the term at fault: {', '.join(bad)}. "
+        "Lower the learning rate (--set fit.learning_rate=...), or look for extreme values in the scans."
+    )
+
+
+def _first(dataset: ScanDataset, count: int) -> Batch:
+    """Up to `count` scans; small sets are repeated so that the batch has a full size."""
+    from medgen.data.dataset import collate
+
+    return collate([dataset[n % len(dataset)] for n in range(min(count, len(dataset)) if count > 1 else 1)])
+
+
+def _active(player: Player, seen: int, step: int) -> bool:
+    in_span = player.since <= seen and (player.until is None or seen < player.until)
+    return in_span and (seen // step) % player.every == 0
+
+
+def _schedule(seen: int, config: FitConfig) -> float:
+    """Fraction of the peak learning rate: linear rise, then half a cosine down to a fiftieth."""
+    rise = min(1.0, (seen + config.batch_size) / max(1, config.warmup))
+    return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / config.images))))
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    """torch's random state set by `seed` inside the block, and as before after it."""
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed % 2**63)
+        yield
+
+
+@contextmanager
+def _interruption() -> Iterator[threading.Event]:
+    """An event that Ctrl-C sets, so that a step can end before the state is saved."""
+    pressed = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield pressed
+        return
+    before = signal.getsignal(signal.SIGINT)
+
+    def handler(_signal: int, _frame: object) -> None:
+        if pressed.is_set():
+            raise KeyboardInterrupt  # a second Ctrl-C does not wait
+        pressed.set()
+
+    signal.signal(signal.SIGINT, handler)
+    try:
+        yield pressed
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+__all__ = ["FitConfig", "check_finite", "fabric_for", "fit", "images_in"]

@@ -1,0 +1,89 @@
+"""Everything a training run needs to go on as if it had never stopped; never part of a bundle."""
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.optim import Optimizer
+
+from medgen.errors import TrainingError
+from medgen.io.atomic import replacing
+
+_NAME = "state"
+
+
+@dataclass
+class Progress:
+    """Where a run stands, in images seen.
+
+    Args:
+        seen: images the model has been trained on.
+        best: lowest validation loss so far.
+        best_seen: when that was.
+        stale: validations since then.
+        history: (images seen, training loss, validation loss).
+        seconds: spent training, all sessions together.
+        finished: nothing is left to do.
+    """
+
+    seen: int = 0
+    best: float = float("inf")
+    best_seen: int = 0
+    stale: int = 0
+    history: list[tuple[int, float, float]] = field(default_factory=list)
+    seconds: float = 0.0
+    finished: bool = False
+
+
+def save_state(folder: Path, tensors: dict[str, Tensor], progress: Progress, facts: dict[str, Any]) -> None:
+    """Write tensors and progress; an interruption leaves the previous state intact."""
+    with replacing(folder / _NAME, force=True) as part:
+        part.mkdir()
+        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part / "tensors.safetensors")
+        (part / "progress.json").write_text(json.dumps({"progress": asdict(progress), "facts": facts}))
+
+
+def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], Progress] | None:
+    """The saved state, or None where there is none.
+
+    Raises:
+        TrainingError: the state belongs to a run with other settings.
+    """
+    place = folder / _NAME
+    if not (place / "progress.json").exists():
+        return None
+    saved = json.loads((place / "progress.json").read_text())
+    if saved["facts"] != json.loads(json.dumps(facts)):
+        changed = sorted(key for key in facts if saved["facts"].get(key) != json.loads(json.dumps(facts[key])))
+        raise TrainingError(
+            f"The unfinished run in {folder.name} was started with other settings ({', '.join(changed)}). "
+            "Repeat its settings to go on, or pass --force to start again."
+        )
+    progress = Progress(**saved["progress"])
+    progress.history = [tuple(entry) for entry in progress.history]
+    return load_file(place / "tensors.safetensors"), progress
+
+
+def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
+    """The optimizer's running averages under flat names."""
+    state = optimizer.state_dict()["state"]
+    return {
+        f"{prefix}.{index}.{key}": torch.as_tensor(value) for index, kept in state.items() for key, value in kept.items()
+    }
+
+
+def restore_optimizer(optimizer: Optimizer, tensors: dict[str, Tensor], prefix: str) -> None:
+    """Put running averages back."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for name, value in tensors.items():
+        if name.startswith(f"{prefix}."):
+            index, key = name.removeprefix(f"{prefix}.").split(".", 1)
+            state.setdefault(int(index), {})[key] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+__all__ = ["Progress", "load_state", "optimizer_tensors", "restore_optimizer", "save_state"]
