@@ -254,19 +254,16 @@ def _parse_growing(path: Path, head: Callable[[int], bytes], size: int | None) -
     for gulp in _GULPS:
         start = head(gulp)
         whole = len(start) < gulp or (size is not None and len(start) >= size)
-        try:
-            parsed = _parse(path, start, size)
-        except UnreadableScan:
-            # A sequence may be cut by the end of the gulp rather than damaged.
-            if whole or gulp == _GULPS[-1]:
-                raise
-            continue
-        if parsed.pixels is not None or whole:
+        parsed = _parse(path, start, size)
+        if parsed is not None and (parsed.pixels is not None or whole):
             return parsed
+        if whole:
+            raise UnreadableScan(f"{path.name}: the DICOM header is damaged. Copy or export the file again.")
     raise UnreadableScan(f"{path.name}: the header is longer than {_GULPS[-1] >> 20} MiB. This is no image to read.")
 
 
-def _parse(path: Path, start: bytes, size: int | None) -> DicomFile:
+def _parse(path: Path, start: bytes, size: int | None) -> DicomFile | None:
+    """The file whose beginning is `start`; None where that cannot be parsed, being damaged or cut in a sequence."""
     seen = 0
 
     def stop(tag: BaseTag, _vr: str | None, _length: int) -> bool:
@@ -285,8 +282,8 @@ def _parse(path: Path, start: bytes, size: int | None) -> DicomFile:
             dataset = read_dataset(buffer, implicit, little, stop_when=stop, specific_tags=WANTED)
     except RecursionError as fault:
         raise UnreadableScan(f"{path.name}: sequences are nested too deep. The file is damaged or hostile.") from fault
-    except PARSE_FAULTS as fault:
-        raise UnreadableScan(f"{path.name}: the DICOM header is damaged. Copy or export the file again.") from fault
+    except PARSE_FAULTS:
+        return None
     elements = Elements(dataset, path.name)
     pixels = _pixel_element(start, buffer.tell(), size, little)
     syntax = meta.syntax or ("" if little else _BIG_ENDIAN)
