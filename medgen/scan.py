@@ -227,7 +227,7 @@ def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
         return None
     error = np.abs(matrix - rounded)
     furthest = error[:3, :3] @ (np.asarray(shape) - 1) + error[:3, 3]
-    # A singleton axis hides its direction from its own extent: its step must agree too.
+    # The extent of a single slice does not show its step; a thicker slice is no copy but an average.
     return rounded if furthest.max() < _LATTICE_TOLERANCE and error[:3, :3].max() < 1e-2 else None
 
 

@@ -148,6 +148,20 @@ def test_dimensions_become_channels_and_space(stored: tuple, expected: tuple, tm
         np.testing.assert_array_equal(scan.voxels[channel], one)
 
 
+@pytest.mark.parametrize("ending", [".nii", ".nii.gz"])
+def test_voxels_may_begin_anywhere(ending: str, tmp_path: Path) -> None:
+    raw = image_of(values(dtype=np.float32)).to_bytes()
+    header = np.frombuffer(raw, dtype=nib.Nifti1Header.template_dtype, count=1).copy()
+    header["vox_offset"] = 357
+    data = header.tobytes() + raw[348:352] + bytes(5) + raw[352:]
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(gzip.compress(data) if ending == ".nii.gz" else data)
+    scan = read_nifti(path)
+    np.testing.assert_array_equal(scan.voxels[0], values())
+    # Not every library takes numbers that lie across the machine's words.
+    assert scan.voxels.flags.aligned
+
+
 def test_an_uncompressed_file_is_mapped_not_read(tmp_path: Path) -> None:
     scan = read_nifti(saved(tmp_path / "a.nii"))
     base = scan.voxels

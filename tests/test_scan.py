@@ -162,6 +162,24 @@ def test_a_pattern_too_fine_for_the_new_grid_vanishes(axis: int) -> None:
     assert np.abs(fine).max() > 0.6
 
 
+def test_smoothing_follows_the_axis_that_gets_coarser_wherever_it_ends_up() -> None:
+    scan = Scan(RNG.random((1, 24, 9, 7)).astype(np.float32), Grid((24, 9, 7), np.eye(4)))
+    coarse = scan.grid.respaced((4.0, 1.0, 1.0))
+    straight = scan.onto(coarse, outside=0.0).voxels
+    turned = scan.onto(coarse.permute((2, 0, 1)).flip(1), outside=0.0).voxels
+    np.testing.assert_allclose(turned, np.flip(straight.transpose(0, 3, 1, 2), 2), atol=1e-6)
+
+
+def test_one_thicker_slice_is_an_average_not_a_copy() -> None:
+    voxels = np.zeros((1, 4, 4, 9), dtype=np.float32)
+    voxels[..., 4] = 1
+    scan = Scan(voxels, Grid((4, 4, 9), np.eye(4)))
+    slice_grid = scan.grid.patch((0, 0, 4), (4, 4, 1))
+    thicker = Grid(slice_grid.shape, slice_grid.affine @ np.diag([1, 1, 1.4, 1]))
+    assert (scan.onto(slice_grid, outside=0.0).voxels == 1).all()
+    assert (scan.onto(thicker, outside=0.0).voxels < 0.95).all()
+
+
 def test_smoothing_keeps_the_mean_and_leaves_other_axes_alone() -> None:
     scan = Scan(RNG.random((1, 40, 40, 40)).astype(np.float32), Grid((40, 40, 40), np.eye(4)))
     coarse = scan.onto(scan.grid.respaced((4, 4, 4)), outside=0.0)
