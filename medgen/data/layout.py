@@ -250,7 +250,7 @@ def _name_cases(scans: list[Draft]) -> None:
         elif stems[scan.stem] == 1 and (scan.core or "sub" in scan.entities):
             scan.case = scan.stem
         else:
-            scan.case = "_".join((*(scan.folders or (scan.patient,)), scan.stem))
+            scan.case = "_".join(filter(None, (*(scan.folders or (scan.patient,)), scan.stem)))
         lonely = stems[scan.stem] > 1 and places[scan.folders] == 1 and not re.search(r"\d", scan.stem)
         if lonely and not scan.patient and scan.source.kind != "dicom":
             scan.patient = scan.folders[-1] if scan.folders else ""
