@@ -1,0 +1,80 @@
+"""medgen learns what a set of scans looks like, then makes more of them and finds the ones that do not belong.
+
+    import medgen
+
+    medgen.train("scans", "model")
+    medgen.augment("scans", "synthetic")
+    medgen.score("new_scans", "model", "scores")
+
+Research use only, not a medical device. Names are resolved when used, so `import medgen` costs nothing.
+"""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from medgen.bundle import Bundle
+    from medgen.data.manifest import Manifest, index
+    from medgen.data.recipe import Recipe
+    from medgen.errors import MedgenError
+    from medgen.grid import Grid
+    from medgen.io import find, read, write
+    from medgen.scan import Header, Scale, Scan
+    from medgen.tasks.anomaly import score
+    from medgen.tasks.augment import augment
+    from medgen.tasks.convert import convert
+    from medgen.tasks.learn import train
+    from medgen.tasks.look import info, list_models
+
+_HOME = {
+    "Bundle": "medgen.bundle",
+    "Grid": "medgen.grid",
+    "Header": "medgen.scan",
+    "Manifest": "medgen.data.manifest",
+    "MedgenError": "medgen.errors",
+    "Recipe": "medgen.data.recipe",
+    "Scale": "medgen.scan",
+    "Scan": "medgen.scan",
+    "augment": "medgen.tasks.augment",
+    "convert": "medgen.tasks.convert",
+    "find": "medgen.io",
+    "index": "medgen.data.manifest",
+    "info": "medgen.tasks.look",
+    "list_models": "medgen.tasks.look",
+    "read": "medgen.io",
+    "score": "medgen.tasks.anomaly",
+    "train": "medgen.tasks.learn",
+    "write": "medgen.io",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'medgen' has no attribute {name!r}")
+    return getattr(import_module(_HOME[name]), name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOME])
+
+
+__all__ = [
+    "Bundle",
+    "Grid",
+    "Header",
+    "Manifest",
+    "MedgenError",
+    "Recipe",
+    "Scale",
+    "Scan",
+    "augment",
+    "convert",
+    "find",
+    "index",
+    "info",
+    "list_models",
+    "read",
+    "score",
+    "train",
+    "write",
+]

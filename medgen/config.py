@@ -91,9 +91,12 @@ def load_preset(name: str | Path, overrides: Sequence[str] = ()) -> Preset:
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     text = path.read_text(encoding="utf-8")
-    if len(text) > _MOST_BYTES or any(token in text for token in ("&", "*")):
-        raise ConfigError(f"{path.name}: a preset is a short file without YAML anchors (&) and aliases (*).")
+    if len(text) > _MOST_BYTES:
+        raise ConfigError(f"{path.name}: a preset is a short file; this one has {len(text):,} characters.")
     try:
+        # A few bytes of nested aliases can stand for gigabytes.
+        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
+            raise ConfigError(f"{path.name}: YAML aliases (*name) are not allowed in a preset. Write the value out.")
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path.name}: not valid YAML: {str(error).splitlines()[0]}.") from error

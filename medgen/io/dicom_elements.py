@@ -3,14 +3,15 @@
 A value that should be a number and is not is an error that names file and element; no message repeats a value.
 """
 
+import math
 import re
 import struct
 import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 
-import numpy as np
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
 from pydicom.dataset import Dataset
@@ -98,6 +99,11 @@ def printable_uid(uid: str) -> str:
     return uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "a malformed identifier"
 
 
+@lru_cache(maxsize=None)
+def _tag(keyword: str) -> int:
+    return int(tag_for_keyword(keyword))
+
+
 class Elements:
     """The wanted elements of a dataset or of a sequence item, converted on demand.
 
@@ -108,6 +114,8 @@ class Elements:
 
     def __init__(self, dataset: Dataset, name: str) -> None:
         self._dataset, self._name = dataset, name
+        # pydicom's own look-up makes a Tag each time; a plain dictionary is several times faster.
+        self._raws = {int(tag): element for tag, element in dataset.items()}
 
     @property
     def dataset(self) -> Dataset:
@@ -115,14 +123,14 @@ class Elements:
         return self._dataset
 
     def __contains__(self, keyword: str) -> bool:
-        return tag_for_keyword(keyword) in self._dataset
+        return _tag(keyword) in self._raws
 
     def _raw(self, keyword: str) -> tuple[bytes, str, str]:
         """The bytes of an element, its value representation, and '<' or '>'."""
-        tag = tag_for_keyword(keyword)
-        if tag not in self._dataset:
+        tag = _tag(keyword)
+        if tag not in self._raws:
             return b"", "", "<"
-        element = self._dataset.get_item(tag)
+        element = self._raws[tag]
         if not isinstance(element, RawDataElement):
             if element.is_empty:
                 return b"", element.VR, "<"
@@ -173,7 +181,7 @@ class Elements:
             raise UnreadableScan(
                 f"{self._name}: {keyword} must be numbers and is not. Export the file again."
             ) from fault
-        if values and (not np.isfinite(values).all() or (count is not None and len(values) != count)):
+        if values and (not all(map(math.isfinite, values)) or (count is not None and len(values) != count)):
             expected = f"{count} finite numbers" if count else "finite numbers"
             raise UnreadableScan(f"{self._name}: {keyword} must hold {expected}; found {len(values)} values.")
         return tuple(float(v) for v in values)
@@ -198,8 +206,8 @@ class Elements:
 
     def items(self, keyword: str) -> list["Elements"]:
         """The items of a sequence, empty where absent."""
-        tag = tag_for_keyword(keyword)
-        if tag not in self._dataset:
+        tag = _tag(keyword)
+        if tag not in self._raws:
             return []
         try:
             with quiet():

@@ -111,7 +111,7 @@ class CopyDetector:
                 inner = self._correlation(turned * self._spectra[part])
                 shape = (-1, *[1] * self.dims)
                 cosine = (inner - self._inner[part].reshape(shape)) / (norm * self._norms[part].reshape(shape))
-                best[part] = torch.maximum(best[part], cosine[:, near].amax(1))
+                best[part] = torch.maximum(best[part], cosine[(slice(None), *near)].amax(1))
         return (2 - 2 * best.clamp(-1, 1)).clamp(min=0).sqrt()
 
     def _transform(self, values: Tensor) -> Tensor:

@@ -1,0 +1,125 @@
+"""What every command shares: options, progress on stderr, and how results are told."""
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from medgen.io.source import ReadOptions
+from medgen.log import reporting
+
+Data = Annotated[Path, typer.Argument(help="File, folder, DICOM series, .npz or CSV.", show_default=False)]
+Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder; must not exist.", show_default=False)]
+Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
+AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]
+Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no notes.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
+Seed = Annotated[int, typer.Option(help="Decides splits, training order and noise.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Preset = Annotated[str | None, typer.Option(help="Preset name or YAML file; see `medgen models`.")]
+Set = Annotated[list[str], typer.Option("--set", help="Change a value of the preset, such as fit.images=5000.")]
+Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep within on this machine.")]
+Label = Annotated[str | None, typer.Option(help="Learn one class only.")]
+Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only.")]
+OnGap = Annotated[str, typer.Option(help="Missing or uneven DICOM slices: error, fill or resample.")]
+OnTilt = Annotated[str, typer.Option(help="Tilted gantry: error, shear or resample.")]
+Xform = Annotated[str, typer.Option(help="NIfTI whose sform and qform disagree: error, sform or qform.")]
+
+
+# Seconds between progress lines where there is no terminal to draw a bar on.
+_EVERY = 20
+
+
+def reading(on_gap: str = "error", on_tilt: str = "error", xform: str = "error", **more: Any) -> ReadOptions:
+    """Reading options from the command line.
+
+    Raises:
+        typer.BadParameter: a value is not one of the choices.
+    """
+    choices = {
+        "--on-gap": (on_gap, ("error", "fill", "resample")),
+        "--on-tilt": (on_tilt, ("error", "shear", "resample")),
+        "--xform": (xform, ("error", "sform", "qform")),
+    }
+    for name, (value, allowed) in choices.items():
+        if value not in allowed:
+            raise typer.BadParameter(f"{name} is one of {', '.join(allowed)}; found {value!r}.")
+    return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform, **more)
+
+
+class _Bars:
+    """Progress bars with the time left on a terminal, an occasional line elsewhere; notes as they come."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._console = Console(stderr=True, highlight=False, soft_wrap=True)
+        self._progress = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self._console,
+            transient=True,
+            disable=not self._console.is_terminal,
+        )
+        self._told = time.monotonic()
+
+    def note(self, message: str) -> None:
+        """One sentence, plain."""
+        self._console.print(message, markup=False)
+
+    def start(self, what: str, total: float | None) -> object:
+        """Draw a bar."""
+        self._progress.start()
+        return self._progress.add_task(what, total=total, text="")
+
+    def advance(self, handle: Any, amount: float, text: str) -> None:
+        """Move a bar."""
+        self._progress.update(handle, advance=amount, text=text)
+        if not self._console.is_terminal and time.monotonic() - self._told > _EVERY:
+            self._told = time.monotonic()
+            task = next(task for task in self._progress.tasks if task.id == handle)
+            left = "" if task.time_remaining is None else f", about {task.time_remaining / 60:.1f} min left"
+            self.note(f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f}{left}  {text}")
+
+    def stop(self, handle: Any) -> None:
+        """Take a bar away."""
+        self._progress.remove_task(handle)
+        if not self._progress.tasks:
+            self._progress.stop()
+
+
+@contextmanager
+def speaking(quiet: bool) -> Iterator[None]:
+    """Show progress on stderr while the block runs, unless asked to be quiet."""
+    if quiet:
+        yield
+        return
+    # lightning-fabric announces its precision once a model; that is no news to a user.
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
+    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    with reporting(_Bars()):
+        yield
+
+
+def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
+    """End a command: JSON for machines on stdout, or sentences."""
+    if as_json:
+        sys.stdout.write(json.dumps(result, indent=1, default=str) + "\n")
+    else:
+        sys.stdout.write("\n".join(lines) + "\n")
+
+
+__all__ = [
+    "AsJson", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes", "OnGap", "OnTilt", "Out", "Preset",
+    "Quiet", "Seed", "Set", "Xform", "reading", "say", "speaking",
+]  # fmt: skip

@@ -1,0 +1,106 @@
+"""`medgen augment` and `medgen score`."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from medgen.cli import app
+from medgen.cli.model import show_plan
+from medgen.cli.shared import (
+    AsJson, Data, Device, Domain, DryRun, Force, Label, Minutes, OnGap, OnTilt, Out, Preset, Quiet, Seed, Set, Xform,
+    reading, say, speaking,
+)  # fmt: skip
+
+_FORMATS = ("auto", "nifti", "dicom", "png", "npz")
+
+
+@app.command()
+def augment(
+    data: Data,
+    out: Out,
+    n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many scans in all [default: 20].")] = None,
+    per_class: Annotated[int | None, typer.Option(min=1, help="How many scans of each class.")] = None,
+    format: Annotated[str, typer.Option(help="auto (as the input), nifti, dicom, png or npz.")] = "auto",
+    bundle: Annotated[Path | None, typer.Option("-m", "--bundle", help="Use this bundle instead of training.")] = None,
+    preset: Preset = None,
+    label: Label = None,
+    domain: Domain = None,
+    minutes: Minutes = 20,
+    set_: Set = [],  # noqa: B006
+    seed: Seed = 0,
+    device: Device = "auto",
+    on_gap: OnGap = "error",
+    on_tilt: OnTilt = "error",
+    xform: Xform = "error",
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+):
+    """Learn a folder and write synthetic scans in the folder's own format; none copies a patient."""
+    if format not in _FORMATS:
+        raise typer.BadParameter(f"--format is one of {', '.join(_FORMATS)}; found {format!r}.")
+    options = reading(on_gap, on_tilt, xform)
+    choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
+    with speaking(quiet):
+        if dry_run:
+            show_plan(data, options, choices, as_json)
+            return
+        from medgen.tasks.augment import augment as run
+
+        done = run(
+            data, out, n=n, per_class=per_class, format=format, bundle=bundle, **choices, device=device,
+            options=options, force=force,
+        )  # fmt: skip
+    test = done.copy_test
+    lines = [f"Wrote {done.written} synthetic scans ({done.format}) to {done.folder}; look at contact_sheet.png."]
+    if test:
+        lines.append(f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f}).")
+    lines.append(f"Next: medgen score NEW_SCANS -m {bundle or done.folder / 'bundle'} -o OUT")
+    facts = {"folder": done.folder, "written": done.written, "copies_rejected": done.copies_rejected}
+    say(lines, facts | {"format": done.format, "copy_test": test.to_dict() if test else None}, as_json)
+
+
+@app.command()
+def score(
+    scans: Data,
+    bundle: Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)],
+    out: Out,
+    fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="False-alarm rate for flags and masks.")] = 0.05,
+    maps: Annotated[bool, typer.Option(help="Write maps, masks and pictures.")] = True,
+    device: Device = "auto",
+    on_gap: OnGap = "error",
+    on_tilt: OnTilt = "error",
+    xform: Xform = "error",
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+):
+    """One number and one map per scan: does it belong to what the bundle has learned?"""
+    options = reading(on_gap, on_tilt, xform)
+    with speaking(quiet):
+        if dry_run:
+            from medgen.tasks.look import info
+
+            say([f"Would score the scans of {scans} with {bundle} into {out}."], info(scans, options), as_json)
+            return
+        from medgen.tasks.anomaly import score as run
+
+        done = run(scans, bundle, out, rate=fpr, maps=maps, device=device, options=options, force=force)
+    lines = []
+    for scan in done.scans[:20]:
+        if scan.error:
+            lines.append(f"  {scan.case}: not scored: {scan.error}")
+            continue
+        p = "" if scan.p is None else f"  p = {scan.p:.3f}"
+        mark = "  UNUSUAL" if scan.flagged else ""
+        lines.append(f"  {scan.case}: score {scan.score:.4f}{p}{mark}" + "".join(f"  ({w})" for w in scan.warnings))
+    lines += [f"  ... {len(done.scans) - 20} more in scores.csv"] if len(done.scans) > 20 else []
+    lines = [f"Scored {len(done.scans) - done.failed} of {len(done.scans)} scans, most unusual first:", *lines]
+    lines += [f"Wrote scores.csv{', maps and pictures' if maps else ''} to {done.folder}.", "Research use only, not a medical device."]
+    facts = {"folder": done.folder, "failed": done.failed, "notes": done.notes, "scans": [vars(s) for s in done.scans]}
+    say(lines, facts, as_json)
+    if done.failed:
+        raise typer.Exit(3)
