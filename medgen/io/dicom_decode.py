@@ -24,8 +24,9 @@ _JPEG_EXTENDED = f"{_UID}.4.51"
 _JPEG_LOSSLESS = (f"{_UID}.4.57", f"{_UID}.4.70")
 # JPEG baseline, extended, and near-lossless JPEG-LS lose information whatever the header says.
 LOSSY = frozenset({f"{_UID}.4.50", _JPEG_EXTENDED, f"{_UID}.4.81"})
-# Memory-safe or small decoders first; GDCM, the largest, only where nothing else can.
-_PLUGINS = ("pylibjpeg", "pyjpegls", "pydicom", "pillow", "gdcm")
+# pydicom's own run-length decoder first, because the faster one aborts on damaged data in a way no caller can catch
+# cleanly; GDCM, the largest surface for hostile files, only where nothing else can.
+_PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow", "gdcm")
 # Deflate reaches 1000:1 on blank slices, so a ratio alone says little; a ratio and a size together say bomb.
 _BOMB_BYTES, _BOMB_RATIO = 2**26, 100
 _DECODER_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, struct.error)

@@ -10,7 +10,7 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import lru_cache
+from functools import cache
 
 from pydicom.datadict import dictionary_VR, tag_for_keyword
 from pydicom.dataelem import RawDataElement
@@ -99,7 +99,7 @@ def printable_uid(uid: str) -> str:
     return uid if re.fullmatch(r"[0-9.]{1,64}", uid) else "a malformed identifier"
 
 
-@lru_cache(maxsize=None)
+@cache
 def _tag(keyword: str) -> int:
     return int(tag_for_keyword(keyword))
 

@@ -43,13 +43,17 @@ _IN_GROUPS = {
 
 @dataclass(frozen=True)
 class Rescale:
-    """From stored values to physical ones: slope and intercept, or a table that begins at stored value `first`."""
+    """From stored values to physical ones: slope and intercept, or a table that begins at stored value `first`.
+
+    `mapped` is the range of stored values that mean anything, None where all do.
+    """
 
     slope: float = 1.0
     intercept: float = 0.0
     unit: str = ""
     first: int = 0
     table: bytes = b""
+    mapped: tuple[float, float] | None = None
 
     def physical(self, stored: np.ndarray) -> np.ndarray:
         """Physical values, float32, of stored ones."""
@@ -197,12 +201,11 @@ def _rescale(file: DicomFile, groups: list[Elements], options: ReadOptions) -> R
 def _lut(file: DicomFile, item: Elements) -> Rescale:
     """The modality lookup table: number of entries (0 means 65536), first stored value, bits an entry."""
     raw = item.raw("LUTDescriptor")
-    big = file.big_endian
     if len(raw) != 6:
         raise UnreadableScan(f"{file.name}: the modality lookup table has no valid descriptor.")
-    order = ">" if big else "<"
+    order = ">" if file.big_endian else "<"
     count, _, bits = (int(n) for n in np.frombuffer(raw, f"{order}u2"))
-    first = int(np.frombuffer(raw[2:4], f"{order}{'i' if file.layout.signed else 'u'}2")[0])
+    first = int(_stored_number(file, raw[2:4]))
     count, data = count or 65536, item.raw("LUTData")
     packed = bits <= 8 and len(data) in (count, count + count % 2)
     table = np.frombuffer(data[: len(data) // 2 * 2] if not packed else data, "u1" if packed else f"{order}u2")[:count]
@@ -225,7 +228,17 @@ def _real_world(file: DicomFile, groups: list[Elements]) -> Rescale:
     item = linear[0]
     units = item.items("MeasurementUnitsCodeSequence")
     unit = units[0].text("CodeValue")[:16] if units else ""
-    return Rescale(item.numbers("RealWorldValueSlope")[0], item.number("RealWorldValueIntercept") or 0.0, unit)
+    ends = [_stored_number(file, item.raw(f"RealWorldValue{end}ValueMapped")) for end in ("First", "Last")]
+    mapped = None if None in ends else (ends[0], ends[1])
+    slope, intercept = item.number("RealWorldValueSlope"), item.number("RealWorldValueIntercept") or 0.0
+    return Rescale(slope, intercept, unit, mapped=mapped)
+
+
+def _stored_number(file: DicomFile, raw: bytes) -> float | None:
+    """A stored pixel value in a header: two bytes, with the sign and byte order of the pixels."""
+    if len(raw) != 2:
+        return None
+    return float(np.frombuffer(raw, f"{'>' if file.big_endian else '<'}{'i' if file.layout.signed else 'u'}2")[0])
 
 
 __all__ = ["SPLITS", "Frame", "Rescale", "frames_of", "is_planar", "needs_position"]

@@ -198,7 +198,7 @@ def read_series(source: Source, options: ReadOptions = ReadOptions()) -> Scan:
     if stacked.at:
         values, padded = interpolated(values, padded, stacked.at)
     if is_flipped(files[0], scale, options):
-        values, header = flipped(values, files[0]), turned(header, files[0])
+        values = flipped(values, files[0])
     voxels = values[0].transpose(3, 2, 1, 0) if is_colour(files[0]) else values.transpose(0, 3, 2, 1)
     valid = None if padded is None else ~padded.transpose(2, 1, 0)
     scan = Scan(voxels, stacked.grid, scale or Scale(unit=unit_of(stacked)), header, valid=valid)

@@ -100,6 +100,9 @@ def _read_one(reader: PixelReader, frame: Frame, out: np.ndarray, scale: Scale |
     stored = out if direct else np.empty(out.shape, layout.dtype)
     reader.read(frame.index, stored)
     padded = tidy(stored, layout, Padding.of(frame.file))
+    if mapped := frame.rescale.mapped:
+        beyond = (stored < min(mapped)) | (stored > max(mapped))
+        padded = (beyond if padded is None else padded | beyond) if beyond.any() else padded
     if not direct:
         out[...] = stored if scale is not None else frame.rescale.physical(stored)
     return padded
