@@ -8,6 +8,7 @@ import numpy as np
 
 from medgen.data.painting import (
     Field,
+    Number,
     Points,
     band,
     ellipsoid,
@@ -28,13 +29,13 @@ from medgen.data.painting import (
 
 def warped(world: Points, rng: np.random.Generator) -> Points:
     """Where each point of this person lies in the common anatomy: own size, own shape."""
-    size = 1 + rng.normal(0, [0.03, 0.03, 0.03])
+    size = 1 + rng.normal(0, [0.025, 0.025, 0.025])
     centre = np.array([0.0, -18, 5])
-    bends = [3.0 * waves(world, rng, 5, (130, 300)) for _ in range(3)]
+    bends = [2.2 * waves(world, rng, 5, (130, 300)) for _ in range(3)]
     return (world - centre) / size + centre + np.stack(bends, -1)
 
 
-def head_tissue(p: Points, rng: np.random.Generator, edge: float) -> Field:
+def head_tissue(p: Points, rng: np.random.Generator, edge: Number) -> Field:
     """T1 intensities of scalp, skull, face and brain at anatomical positions `p` (mm)."""
     vault = ellipsoid(p, (0, -17, 12), (62, 85, 62))
     hull = union(union(union(_cerebrum(mirrored(p)), vault, 4), _cerebellum(mirrored(p)), 14), _stem(p), 14)
@@ -43,18 +44,27 @@ def head_tissue(p: Points, rng: np.random.Generator, edge: float) -> Field:
     thick = rng.uniform(2.5, 6.0)
     face = union(ellipsoid(p, (0, 22, -48), (61, 72, 60)), tube(p, [(0, -35, -55, 52), (0, -40, -160, 54)]), 30)
     scalp = union(bone - thick - 3, face, 15)
-    image = np.full(p.shape[:-1], 0.0)
-    layers = [(scalp, 120), (scalp + 2, 205), (scalp + 2 + thick, 84 + 9 * waves(p, rng, 8, (14, 40)))]
-    layers += _face(p)
-    layers += [(bone, 22), (np.maximum(bone + 2.5, -(cranium - 2.0)), 92), (cranium, 34)]
-    clivus = ellipsoid(p, (0, 16, -38), (23, 30, 21))
-    layers += [(clivus, 22), (clivus + 2.5, 100), (ellipsoid(p, (0, 24, -34), (11, 11, 8)), 5)]
+    image = np.zeros(p.shape[:-1])
+    # Air needs no painting, and the brain only its own part of the head.
+    head, skull = scalp < edge, cranium < edge
+    muscle = 84 + 9 * waves(p[head], rng, 8, (14, 40))
+    layers = [(scalp[head], 120), (scalp[head] + 2, 205), (scalp[head] + 2 + thick, muscle), *_face(p[head])]
+    marrow = np.maximum(bone + 2.5, -(cranium - 2.0))
+    layers += [(bone[head], 22), (marrow[head], 92), (cranium[head], 34)]
+    clivus = ellipsoid(p[head], (0, 16, -38), (23, 30, 21))
+    layers += [(clivus, 22), (clivus + 2.5, 100), (ellipsoid(p[head], (0, 24, -34), (11, 11, 8)), 5)]
+    image[head] = _painted(image[head], layers, edge)
+    image[skull] = _brain(image[skull], p[skull], rng, edge)
+    return image
+
+
+def _painted(image: Field, layers: list[tuple[Field, Number | Field]], edge: Number) -> Field:
     for distance, value in layers:
         paint(image, distance, value, edge)
-    return _brain(image, p, rng, edge)
+    return image
 
 
-def _face(p: Points) -> list[tuple[Field, float]]:
+def _face(p: Points) -> list[tuple[Field, Number]]:
     """Orbits, eyes, sinuses, airway and spine below the brain, left and right alike."""
     q = mirrored(p)
     air = [
@@ -77,7 +87,7 @@ def _face(p: Points) -> list[tuple[Field, float]]:
     ]
 
 
-def _brain(image: Field, p: Points, rng: np.random.Generator, edge: float) -> Field:
+def _brain(image: Field, p: Points, rng: np.random.Generator, edge: Number) -> Field:
     """Paint cortex with its folds, white matter, cerebellum, stem, nuclei and ventricles."""
     atrophy = rng.uniform(0, 1)
     q = mirrored(p)
@@ -90,7 +100,7 @@ def _brain(image: Field, p: Points, rng: np.random.Generator, edge: float) -> Fi
     pial[near] = _folded(depth[near], p[near], rng, 1.0 + 1.1 * atrophy)
     callosum = tube(q, [(0, 26, -2, 4), (0, 33, 8, 5), (0, 14, 25, 4), (0, -18, 28, 4), (0, -38, 17, 6)])
     fissure = intersection(q[..., 0] - rng.uniform(0.6, 1.4), -callosum - 3, 3)
-    pial = np.minimum(pial, np.where(depth > -8, fissure, -8.0))
+    pial = np.minimum(pial, np.where(near, fissure, -8.0))
     ribbon = rng.uniform(2.5, 3.2)
     paint(image, -pial, 98 + 4 * waves(p, rng, 8, (15, 40)), edge)
     paint(image, ribbon - pial, 156 + 3 * waves(p, rng, 6, (30, 80)), edge)
@@ -138,7 +148,7 @@ def _stem(p: Points) -> Field:
     return tube(p, [(0, -16, -4, 11), (0, -25, -26, 14), (0, -35, -48, 9), (0, -42, -90, 6)])
 
 
-def _folded(depth: Field, p: Points, rng: np.random.Generator, width: float) -> Field:
+def _folded(depth: Field, p: Points, rng: np.random.Generator, width: Number) -> Field:
     """Depth (mm) below the pial surface when sulci cut into a smooth hull.
 
     Sulci are the zero sheets of band-passed noise that varies along the surface much more than
@@ -157,7 +167,7 @@ def _folded(depth: Field, p: Points, rng: np.random.Generator, width: float) -> 
     return np.minimum(depth, sulcus)
 
 
-def _hindbrain(image: Field, p: Points, rng: np.random.Generator, edge: float) -> None:
+def _hindbrain(image: Field, p: Points, rng: np.random.Generator, edge: Number) -> None:
     q = mirrored(p)
     cerebellum = _cerebellum(q)
     leaves = np.abs(
@@ -176,7 +186,7 @@ def chest_path(p: Points, rng: np.random.Generator, illness: np.random.Generator
     """Attenuation summed along the beam: body, minus air in the lungs, plus bones, heart and vessels."""
     wide, tall = rng.normal(1, 0.05), rng.normal(1, 0.05)
     p = (p - rng.normal(0, 5, 3) * [1, 1, 0]) / [wide, tall, 1]
-    p = p + np.stack([4 * waves(p, rng, 4, (150, 300)) for _ in range(2)] + [p[..., 2]], -1)
+    p = p + np.stack([4 * waves(p, rng, 4, (150, 300)) for _ in range(2)] + [np.zeros(p.shape[:-1])], -1)
     q = mirrored(p)
     trunk = union(ellipsoid(q, (40, 60, 0), (118, 230, 1e6)), ellipsoid(q, (95, -118, 0), (75, 50, 1e6)), 40)
     trunk = union(trunk, tube(q, [(0, -250, 0, 52), (0, -110, 0, 58)]), 30)
@@ -265,10 +275,10 @@ def _vessels(p: Points, rng: np.random.Generator, lungs: Field, depth: Field) ->
 
 def _consolidation(p: Points, rng: np.random.Generator, lungs: Field) -> Field:
     """Attenuation of one to three patches of filled lung, ragged and soft at their edges."""
-    inside = np.argwhere(lungs < -14)
+    deep = np.argwhere(lungs < -14)
     filled = np.zeros(lungs.shape)
     for _ in range(rng.integers(1, 4)):
-        centre = p[tuple(inside[rng.integers(len(inside))])]
+        centre = p[tuple(deep[rng.integers(len(deep))])]
         away = (p - centre) / np.array([rng.uniform(0.8, 1.3), rng.uniform(0.7, 1.2), 1])
         ragged = length(away) - rng.uniform(20, 40) * (1 + 0.25 * waves(p, rng, 8, (20, 60)))
         filled = np.maximum(filled, 1 / (1 + np.exp(ragged / 5)))
@@ -279,12 +289,19 @@ def _consolidation(p: Points, rng: np.random.Generator, lungs: Field) -> Field:
 # -- the upper abdomen -------------------------------------------------------------------------------
 
 
-def torso(p: Points, rng: np.random.Generator, edge: float) -> Field:
+def torso(p: Points, rng: np.random.Generator, edge: Number) -> Field:
     """HU of the upper abdomen at anatomical positions `p` (mm): x right to left is plus to minus, z up."""
     skin = union(ellipsoid(p, (0, 2, 0), (160, 104, 1e6)), ellipsoid(p, (0, -60, 0), (110, 46, 1e6)), 30)
+    image = np.full(p.shape[:-1], -1000.0)
+    body = skin < edge
+    image[body] = _painted(image[body], _organs(p[body], skin[body], rng), edge)
+    return image
+
+
+def _organs(p: Points, skin: Field, rng: np.random.Generator) -> list[tuple[Field, Number | Field]]:
+    """Everything inside the skin, in the order of painting."""
     fat, wall = rng.uniform(8, 20), 15.0
     dome = p[..., 2] - 62 + 0.004 * (p[..., 0] ** 2 + (p[..., 1] - 5) ** 2) - 3 * waves(p, rng, 4, (60, 120))
-    image = np.full(p.shape[:-1], -1000.0)
     inner = skin + fat + wall
     texture = 6 * waves(p, rng, 10, (12, 30))
     layers = [(skin, 20), (skin + 2.5, -105), (skin + fat, 52), (inner, -95), *_ribs(p, skin + fat + 6)]
@@ -307,12 +324,10 @@ def torso(p: Points, rng: np.random.Generator, edge: float) -> Field:
             (erector, 55 + texture),
         ]
     layers += [*_bowel(p, rng), *_vertebrae(p), *_great_vessels(p, liver)]
-    for distance, value in layers:
-        paint(image, distance, value, edge)
-    return image
+    return layers
 
 
-def _ribs(p: Points, around: Field) -> list[tuple[Field, float]]:
+def _ribs(p: Points, around: Field) -> list[tuple[Field, Number]]:
     """Ribs: slanting rods where planes that fall forwards meet the chest wall."""
     level = p[..., 2] + 0.45 * p[..., 1] + 0.05 * np.abs(p[..., 0])
     rod = np.hypot(around + 1, (np.mod(level + 14, 28) - 14) * 0.9) - 5.0
@@ -320,7 +335,7 @@ def _ribs(p: Points, around: Field) -> list[tuple[Field, float]]:
     return [(rod, 620), (rod + 3, 220)]
 
 
-def _bowel(p: Points, rng: np.random.Generator) -> list[tuple[Field, float]]:
+def _bowel(p: Points, rng: np.random.Generator) -> list[tuple[Field, Number]]:
     layers = []
     for _ in range(9):
         centre = rng.uniform([-75, 22, -90], [60, 62, -38])
@@ -333,7 +348,7 @@ def _bowel(p: Points, rng: np.random.Generator) -> list[tuple[Field, float]]:
     return layers
 
 
-def _vertebrae(p: Points) -> list[tuple[Field, float]]:
+def _vertebrae(p: Points) -> list[tuple[Field, Number]]:
     disc = np.abs(np.mod(p[..., 2], 34) - 17) - 13.0
     body = intersection(ellipsoid(p, (0, -44, 0), (23, 18, 1e6)), disc, 3)
     flat = p * [1, 1, 0]
@@ -345,14 +360,14 @@ def _vertebrae(p: Points) -> list[tuple[Field, float]]:
     return [(disc_space, 85), (bone, 480), (body, 620), (body + 4, 210), (canal, 15), (canal + 4, 38)]
 
 
-def _great_vessels(p: Points, liver: Field) -> list[tuple[Field, float]]:
+def _great_vessels(p: Points, liver: Field) -> list[tuple[Field, Number]]:
     aorta = tube(p, [(-10, -16, 150, 12), (-7, -17, 0, 11), (-2, -18, -150, 9)])
     cava = tube(p, [(24, -2, 80, 13), (18, -12, 0, 12), (16, -14, -150, 11)])
     portal = tube(p, [(14, 6, -24, 8), (46, 10, 4, 6), (80, 24, 14, 4)])
     veins = tube(p, [(24, -2, 48, 6), (64, 18, 34, 4), (98, 30, 24, 2.5)])
     branch = tube(p, [(46, 10, 4, 5), (90, -20, 10, 3)])
-    inside = np.maximum(np.minimum(np.minimum(portal, veins), branch), liver + 2)
-    return [(inside, 118), (cava, 110), (aorta, 300), (aorta + 1.5, 185)]
+    hepatic = np.maximum(np.minimum(np.minimum(portal, veins), branch), liver + 2)
+    return [(hepatic, 118), (cava, 110), (aorta, 300), (aorta + 1.5, 185)]
 
 
 __all__ = ["chest_path", "head_tissue", "torso", "warped"]

@@ -14,6 +14,7 @@ from medgen.grid import Grid
 
 Points = Float[np.ndarray, "*space 3"]
 Field = Float[np.ndarray, "*space"]
+Number = float | int
 
 
 def indices(shape: Sequence[int]) -> Float[np.ndarray, "i j k 3"]:
@@ -43,14 +44,14 @@ def length(vectors: Points) -> Field:
     return np.sqrt(np.einsum("...x,...x->...", vectors, vectors))
 
 
-def ellipsoid(p: Points, centre: Sequence[float], radii: Sequence[float]) -> Field:
+def ellipsoid(p: Points, centre: Sequence[Number], radii: Sequence[Number]) -> Field:
     """Approximate signed distance (mm, negative inside) to an ellipsoid."""
     scaled = (p - np.asarray(centre, dtype=np.float64)) / np.asarray(radii, dtype=np.float64)
     far = length(scaled)
     return far * (far - 1) / np.maximum(length(scaled / np.asarray(radii)), 1e-9)
 
 
-def tube(p: Points, path: Sequence[Sequence[float]]) -> Field:
+def tube(p: Points, path: Sequence[Sequence[Number]]) -> Field:
     """Signed distance to a chain of rounded cones through (x, y, z, radius) in mm."""
     distance = np.full(p.shape[:-1], np.inf)
     for start, stop in pairwise(path):
@@ -62,18 +63,18 @@ def tube(p: Points, path: Sequence[Sequence[float]]) -> Field:
     return distance
 
 
-def union(a: Field, b: Field, blend: float) -> Field:
+def union(a: Field, b: Field, blend: Number) -> Field:
     """Distance to both together, rounded over `blend` mm where they meet."""
     h = np.clip(0.5 + 0.5 * (b - a) / blend, 0, 1)
     return b + (a - b) * h - blend * h * (1 - h)
 
 
-def intersection(a: Field, b: Field, blend: float) -> Field:
+def intersection(a: Field, b: Field, blend: Number) -> Field:
     """Distance to what both share, rounded over `blend` mm where their surfaces cross."""
     return -union(-a, -b, blend)
 
 
-def waves(p: Points, rng: np.random.Generator, count: int, wavelengths: tuple[float, float]) -> Field:
+def waves(p: Points, rng: np.random.Generator, count: int, wavelengths: tuple[Number, Number]) -> Field:
     """Smooth noise of unit variance: plane waves of random direction, phase and wavelength (mm)."""
     ways = rng.normal(size=(count, 3))
     ways *= 2 * np.pi / rng.uniform(*wavelengths, (count, 1)) / np.linalg.norm(ways, axis=1, keepdims=True)
@@ -84,30 +85,30 @@ def waves(p: Points, rng: np.random.Generator, count: int, wavelengths: tuple[fl
     return total * np.sqrt(2 / count)
 
 
-def inside(distance: Field, edge: float) -> Field:
+def inside(distance: Field, edge: Number) -> Field:
     """How much of a cell of `edge` mm lies inside."""
     return np.clip(0.5 - distance / edge, 0, 1)
 
 
-def paint(image: Field, distance: Field, value: float | Field, edge: float) -> None:
+def paint(image: Field, distance: Field, value: Number | Field, edge: Number) -> None:
     """Put `value` wherever `distance` is negative, in part where cells lie on the edge; changes `image`."""
     image += inside(distance, edge) * (value - image)
 
 
-def thickness(distance: Field, half: float) -> Field:
+def thickness(distance: Field, half: Number) -> Field:
     """0 outside, rising to 1 at `half` mm from the edge like the chord through a rounded body."""
     inward = np.clip(-distance / half, 0, 1)
     return np.sqrt(inward * (2 - inward))
 
 
-def turned(p: Points, centre: Sequence[float], degrees: float) -> Points:
+def turned(p: Points, centre: Sequence[Number], degrees: Number) -> Points:
     """Points in a frame about `centre`, turned by `degrees` in the plane of x and y."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     x, y = p[..., 0] - centre[0], p[..., 1] - centre[1]
     return np.stack([c * x - s * y, s * x + c * y, p[..., 2]], -1)
 
 
-def band(offset: Field, half: float, *, rim: bool = False) -> Field:
+def band(offset: Field, half: Number, *, rim: bool = False) -> Field:
     """1 within `half` mm of a line, with soft edges; `rim` keeps the two edges only."""
     inside = np.clip((half - np.abs(offset)) / 2.5 + 0.5, 0, 1)
     return inside * (np.abs(offset) > half - 3) if rim else inside
@@ -115,6 +116,7 @@ def band(offset: Field, half: float, *, rim: bool = False) -> Field:
 
 __all__ = [
     "Field",
+    "Number",
     "Points",
     "averaged",
     "band",

@@ -14,7 +14,7 @@ import numpy as np
 from jaxtyping import Float
 
 from medgen.data.anatomy import chest_path, head_tissue, torso, warped
-from medgen.data.painting import Field, Points, averaged, finer_points, indices, inside, length, paint, waves
+from medgen.data.painting import Field, Number, Points, averaged, finer_points, indices, inside, length, paint, waves
 from medgen.errors import DataError
 from medgen.grid import Grid
 from medgen.scan import Header, Scale, Scan
@@ -30,9 +30,9 @@ class Lesion:
         intensity: what the tissue becomes; white matter is 150, grey 105, CSF 35, so 60 is dark and 215 bright.
     """
 
-    centre: tuple[float, float, float]
-    radius: float
-    intensity: float
+    centre: tuple[Number, Number, Number]
+    radius: Number
+    intensity: Number
 
     def __post_init__(self) -> None:
         if len(self.centre) != 3 or not np.isfinite([*self.centre, self.radius, self.intensity]).all():
@@ -45,7 +45,7 @@ def head(
     seed: int,
     *,
     shape: tuple[int, int, int] = (36, 44, 36),
-    spacing: float = 5.0,
+    spacing: Number = 5.0,
     lesions: Sequence[Lesion] = (),
 ) -> tuple[Scan, Scan]:
     """A T1-weighted head about the MNI origin, and the mask of its lesions.
@@ -69,7 +69,7 @@ def head(
     affine = np.diag([spacing, spacing, spacing, 1.0])
     affine[:3, 3] = np.array([0, -18, 16]) - spacing * (np.array(shape) - 1) / 2
     grid = Grid(shape, affine)
-    finer = int(np.clip(np.round(spacing / 2.5), 1, 4))
+    finer = int(np.clip(np.round(spacing / 3.0), 1, 4))
     world = finer_points(grid, finer)
     edge = spacing / finer
     tissue = head_tissue(warped(world, person), person, edge)
@@ -156,7 +156,7 @@ def ct_block(seed: int, shape: tuple[int, int, int] = (48, 40, 24), oblique: boo
     return Scan(values.round().clip(-1024, 3071).astype(np.int16)[None], grid, Scale(unit="HU"), header)
 
 
-def _rotation(*degrees: float) -> Float[np.ndarray, "3 3"]:
+def _rotation(*degrees: Number) -> Float[np.ndarray, "3 3"]:
     """Turns about x, then y, then z."""
     matrix = np.eye(3)
     for axis, angle in enumerate(np.radians(degrees)):
