@@ -19,7 +19,6 @@ from medgen.errors import ConfigError, DataError, LeakageError, OutputError
 from medgen.grid import Grid
 from medgen.io.dicom_write import Provenance, write_series
 from medgen.io.raster import write_npz
-from medgen.log import reporting
 from medgen.scan import Header, Scale, Scan
 
 _made = iter(range(1, 10**9))
@@ -609,29 +608,12 @@ def test_folders_without_scans_say_what_was_looked_for_and_found(tmp_path: Path)
         index(tmp_path / "m")
 
 
-def test_indexing_tells_what_it_found(tmp_path: Path):
-    class Ear:
-        heard: list[str]
-
-        def note(self, message: str) -> None:
-            self.heard.append(message)
-
-        def start(self, what, total):
-            return None
-
-        def advance(self, handle, amount, text):
-            return None
-
-        def stop(self, handle):
-            return None
-
-    ear = Ear()
-    ear.heard = []
-    touch(tmp_path, *(f"a{n}.nii" for n in range(10)))
-    with reporting(ear):
-        table = index(tmp_path)
-    assert ear.heard == [table.summary()]
-    assert "10 scans of 10 patients" in ear.heard[0]
+def test_a_semicolon_in_a_name_is_left_out_with_the_reason(tmp_path: Path):
+    touch(tmp_path, "a;b.nii", "c.nii")
+    table = index(tmp_path)
+    assert rows(table, "case") == [("c",)]
+    assert "rename it" in table.skipped[0].reason
+    assert "1 x a ';' in its name" in table.summary()
 
 
 # -- real scans --------------------------------------------------------------------------------------

@@ -176,7 +176,9 @@ def _generic(folder: str) -> bool:
 def arranged(sources: Iterable[Source], root: Path) -> tuple[list[Draft], list[Skipped]]:
     """Scans with patient, label, mask, domain and official split, and what is no scan of its own."""
     drafts = [draft(source, root) for source in sources]
-    skipped: list[Skipped] = []
+    # In the table ';' separates the files of one case.
+    skipped = [Skipped(one.source.path, "a ';' in its name: rename it") for one in drafts if ";" in one.path]
+    drafts = [one for one in drafts if ";" not in one.path]
     channels = _channel_names(root)
     drafts = _joined(drafts, channels, skipped)
     scans, masks = [d for d in drafts if not d.is_mask], [d for d in drafts if d.is_mask]

@@ -9,16 +9,16 @@ from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
-from itertools import chain
 from os.path import relpath
 from pathlib import Path
 
-from medgen.data.layout import RESERVED, Draft, arranged, draft, pieces, relative
+from medgen.data.copies import leaders
+from medgen.data.layout import Draft, arranged, pieces
 from medgen.data.splits import QUOTAS, SPLITS, assigned
+from medgen.data.tables import covariates, drafts_of_table, read_table
 from medgen.errors import DataError, LeakageError
-from medgen.io import find, format_of
-from medgen.io.source import ReadOptions, Skipped, Source
-from medgen.log import note, track
+from medgen.io import find
+from medgen.io.source import ReadOptions, Skipped
 
 _COLUMNS = ("case", "patient", "path", "kind", "label", "mask", "domain", "split")
 _KINDS = ("nifti", "itk", "raster", "npz", "dicom")
@@ -172,10 +172,10 @@ class Manifest:
             DataError: no such file, or not such a table.
             LeakageError: a patient is in two splits.
         """
-        root, lines = _table(Path(path))
+        root, lines = read_table(Path(path))
         if missing := set(_COLUMNS) - set(lines[0] if lines else _COLUMNS):
             raise DataError(f"{Path(path).name}: expected a saved manifest; it lacks {', '.join(sorted(missing))}.")
-        rows = [Row(**{k: line[k] for k in _COLUMNS}, covariates=_extra(line)) for line in lines]
+        rows = [Row(**{k: line[k] for k in _COLUMNS}, covariates=covariates(line)) for line in lines]
         return cls(tuple(rows), (), root)
 
 
@@ -211,7 +211,7 @@ def index(
     """
     path = Path(path)
     if path.is_file() and path.suffix.lower() in (".csv", ".tsv"):
-        root, drafts, skipped = _from_csv(path, options)
+        root, drafts, skipped = drafts_of_table(path, options)
         _one_part(drafts, "but the table separates them. Give all scans of a patient the same split.")
         given, official = {one.patient: one.split for one in drafts if one.split}, {}
     else:
@@ -229,9 +229,7 @@ def index(
     if known:
         given = {row.patient: row.split for row in known.rows if row.split} | given
     splits = _placed(drafts, given, official, options, quotas=quotas, seed=seed)
-    made = Manifest(tuple(_rows(drafts, splits)), tuple(skipped), root)
-    note(made.summary())
-    return made
+    return Manifest(tuple(_rows(drafts, splits)), tuple(skipped), root)
 
 
 def _nothing(path: Path, skipped: Iterable[Skipped]) -> str:
@@ -269,7 +267,7 @@ def _placed(
     seed: int,
 ) -> dict[str, str]:
     """A split for each patient; patients who share a file are placed as one."""
-    leader = _leaders(drafts, options)
+    leader = leaders(drafts, options)
     members: dict[str, list[Draft]] = defaultdict(list)
     for one in drafts:
         members[leader[one.patient]].append(one)
@@ -303,68 +301,6 @@ def _placed(
     return {patient: splits[name] for patient, name in leader.items()}
 
 
-def _leaders(drafts: list[Draft], options: ReadOptions) -> dict[str, str]:
-    """For each patient the first of all patients who are tied to them by identical files."""
-    leader = {one.patient: one.patient for one in drafts}
-
-    def top(patient: str) -> str:
-        while leader[patient] != patient:
-            patient = leader[patient]
-        return patient
-
-    for same in _copies(drafts, options):
-        first, *others = sorted({top(one.patient) for one in same})
-        for other in others:
-            leader[other] = first
-    return {patient: top(patient) for patient in leader}
-
-
-def _copies(drafts: list[Draft], options: ReadOptions) -> Iterable[list[Draft]]:
-    """Groups of scans made of identical bytes, found by size, then by their ends, then by all of it."""
-    collected = [one for one in drafts if one.source.kind == "npz"]
-    groups = [collected] if collected else []
-    by_size: dict[tuple[int, ...], list[Draft]] = defaultdict(list)
-    for one in drafts:
-        if one.source.kind != "npz":
-            by_size[tuple(file.stat().st_size for file in one.source.files)].append(one)
-    groups += by_size.values()
-    for look in (_glance, _digest):
-        split = []
-        for group in groups:
-            apart: dict[bytes, list[Draft]] = defaultdict(list)
-            for one in group if len(group) > 1 else ():
-                apart[look(one, options)].append(one)
-            split += [same for same in apart.values() if len(same) > 1]
-        groups = split
-    return groups
-
-
-def _glance(one: Draft, options: ReadOptions) -> bytes:
-    if one.source.kind == "npz":
-        return _digest(one, options)
-    ends = sha256()
-    for file in one.source.files:
-        with file.open("rb") as stream:
-            ends.update(stream.read(65536))
-            stream.seek(max(0, file.stat().st_size - 65536))
-            ends.update(stream.read(65536))
-    return ends.digest()
-
-
-def _digest(one: Draft, options: ReadOptions) -> bytes:
-    if one.source.kind == "npz":
-        from medgen.io import read
-
-        voxels = read(one.source, replace(options, colour=True)).voxels
-        return sha256(repr(voxels.shape).encode() + voxels.tobytes()).digest()
-    whole = sha256()
-    for file in one.source.files:
-        with file.open("rb") as stream:
-            while block := stream.read(2**20):
-                whole.update(block)
-    return whole.digest()
-
-
 def _rows(drafts: list[Draft], splits: Mapping[str, str]) -> Iterable[Row]:
     for one in drafts:
         yield Row(
@@ -387,89 +323,12 @@ def _cells(row: Row) -> dict[str, str]:
     return {**{name: getattr(row, name) for name in _COLUMNS}, **row.covariates}
 
 
-def _extra(line: Mapping[str, str]) -> dict[str, str]:
-    return {name: value for name, value in line.items() if name not in RESERVED and value}
-
-
 def _way(root: Path, start: Path) -> str:
     """How to get from `start` to `root`; absolute where no relative way exists."""
     try:
         return Path(relpath(root.resolve(), start.resolve())).as_posix()
     except ValueError:  # another drive
         return root.resolve().as_posix()
-
-
-def _table(path: Path) -> tuple[Path, list[dict[str, str]]]:
-    """The root and the lines of a CSV or TSV."""
-    if not path.is_file():
-        raise DataError(f"{path.name}: no such file. Expected a CSV with a column 'path'.")
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as stream:
-            reader = csv.DictReader(stream, delimiter="\t" if path.suffix.lower() == ".tsv" else ",", restval="")
-            lines = [
-                {k.strip(): (v or "").strip() for k, v in line.items() if k and isinstance(v, str)} for line in reader
-            ]
-            columns = [name.strip() for name in reader.fieldnames or []]
-    except (UnicodeDecodeError, csv.Error) as error:
-        raise DataError(f"{path.name}: expected a CSV in UTF-8; it cannot be read as one.") from error
-    if "path" not in columns:
-        raise DataError(f"{path.name}: expected a column 'path'; found {', '.join(columns[:12]) or 'no header'}.")
-    roots = {line.get("root", "") for line in lines} - {""}
-    if len(roots) > 1:
-        raise DataError(f"{path.name}: one table has one root; found {len(roots)} in its column 'root'.")
-    return path.parent / (roots.pop() if roots else ""), lines
-
-
-def _from_csv(path: Path, options: ReadOptions) -> tuple[Path, list[Draft], list[Skipped]]:
-    """Drafts of a user's own table; what a column does not say is told by names and files."""
-    root, lines = _table(path)
-    if not lines:
-        raise DataError(f"{path.name}: the table has a header but no rows.")
-    seen: dict[str, tuple[Source, ...]] = {}
-    drafts = []
-    for number, line in enumerate(track(lines, "looking for files"), 2):
-        sources = [_source(root, part, seen, options) for part in line.get("path", "").split(";")]
-        if any(source is None for source in sources) or (line.get("mask") and not (root / line["mask"]).exists()):
-            raise DataError(f"{path.name}, line {number}: no such scan or mask. Paths start from {root.name or root}.")
-        whole = replace(sources[0], files=tuple(chain.from_iterable(source.files for source in sources)))
-        one = draft(whole, root)
-        one.path = ";".join(relative(source.path, root) for source in sources)
-        one.case = line.get("case", "")
-        one.patient = line.get("patient") or one.patient
-        one.label, one.mask = line.get("label", one.label), line.get("mask", "")
-        one.domain, one.split = line.get("domain", one.domain), line.get("split", "")
-        one.covariates = _extra(line)
-        drafts.append(one)
-    _fill_cases(drafts)
-    return root, drafts, []
-
-
-def _source(root: Path, part: str, seen: dict[str, tuple[Source, ...]], options: ReadOptions) -> Source | None:
-    """The one scan at a path of a table, None where there is none or more than one."""
-    base, fragment = pieces(part)
-    place = root / base
-    if not part.strip() or not place.exists():
-        return None
-    kind = "dicom" if place.is_dir() else format_of(place)
-    if kind in ("nifti", "itk", "raster"):
-        return Source(str(place), kind, (place,))
-    if base not in seen:
-        seen[base] = find(place, options).sources
-    whole = f"{place}#{fragment}" if fragment else str(place)
-    exact = [source for source in seen[base] if source.path == whole]
-    chosen = exact or [source for source in seen[base] if not fragment]
-    return chosen[0] if len(chosen) == 1 else None
-
-
-def _fill_cases(drafts: list[Draft]) -> None:
-    """Names for the cases that have none, each unique."""
-    taken = Counter(one.case for one in drafts if one.case)
-    for number, one in enumerate(drafts, 1):
-        if not one.case:
-            stem = one.stem if one.source.kind in ("nifti", "itk", "raster") and one.stem else f"row-{number}"
-            one.case = stem if not taken[stem] else f"{stem}-{number}"
-            taken[one.case] += 1
-        one.patient = one.patient or one.case
 
 
 __all__ = ["Manifest", "Row", "index"]
