@@ -5,6 +5,7 @@ import struct
 import time
 from pathlib import Path
 
+import dicom_factory as factory
 import numpy as np
 import pytest
 from pydicom.uid import ExplicitVRLittleEndian
@@ -13,7 +14,6 @@ from medgen import log
 from medgen.errors import DataError, GeometryError, InconsistentSeries, UnreadableScan
 from medgen.io.dicom_read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions, Source
-from tests import dicom_factory as factory
 
 
 class Notes:

@@ -5,6 +5,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import dicom_factory as factory
 import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -26,7 +27,6 @@ from medgen.errors import DataError, GeometryError, InconsistentSeries, Unreadab
 from medgen.io import read as read_any
 from medgen.io.dicom_read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions
-from tests import dicom_factory as factory
 
 
 class Notes(list):

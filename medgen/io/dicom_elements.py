@@ -159,10 +159,6 @@ class Elements:
         value = self.text(keyword).upper()
         return value if re.fullmatch(r"[A-Z0-9 _]{1,16}", value) else ""
 
-    def uid(self, keyword: str) -> str:
-        """A unique identifier as it stands, '' where absent."""
-        return self.text(keyword)
-
     def numbers(self, keyword: str, count: int | None = None) -> tuple[float, ...]:
         """The values of a numeric element as floats; empty where absent or empty.
 

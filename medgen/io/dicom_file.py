@@ -120,9 +120,8 @@ class DicomFile:
 
     @property
     def is_multiframe(self) -> bool:
-        """Whether the file is of the kind that holds a volume by itself."""
-        many = (self.elements.number("NumberOfFrames") or 1) > 1
-        return many or "Enhanced" in self.kind or "PerFrameFunctionalGroupsSequence" in self.elements
+        """Whether the file's header is of the sort that describes each frame in groups."""
+        return "Enhanced" in self.kind or "PerFrameFunctionalGroupsSequence" in self.elements
 
     @property
     def is_localizer(self) -> bool:
@@ -287,7 +286,7 @@ def _parse(path: Path, start: bytes, size: int | None) -> DicomFile | None:
     elements = Elements(dataset, path.name)
     pixels = _pixel_element(start, buffer.tell(), size, little)
     syntax = meta.syntax or ("" if little else _BIG_ENDIAN)
-    return DicomFile(path, elements, syntax, elements.uid("SOPClassUID") or meta.media_class, pixels)
+    return DicomFile(path, elements, syntax, elements.text("SOPClassUID") or meta.media_class, pixels)
 
 
 def _pixel_element(start: bytes, at: int, size: int | None, little: bool) -> PixelElement | None:
@@ -331,6 +330,10 @@ def _layout(file: DicomFile) -> Layout:
         raise UnreadableScan(f"{name}: {layout.rows} rows x {layout.columns} columns x {samples} samples is no image.")
     if layout.allocated not in (8, 16, 32):
         raise UnreadableScan(f"{name}: 8, 16 or 32 bits per sample expected; found {layout.allocated}.")
+    if elements.whole("PixelRepresentation") > 1:
+        raise UnreadableScan(f"{name}: PixelRepresentation must be 0 or 1; it is not.")
+    if (layout.samples == 3) != (layout.photometric == "RGB" or layout.photometric.startswith("YBR")):
+        raise UnreadableScan(f"{name}: {layout.samples} samples a pixel do not go with {layout.photometric}.")
     if not 1 <= layout.stored <= layout.allocated:
         raise UnreadableScan(f"{name}: {layout.stored} bits stored in {layout.allocated} allocated is impossible.")
     if elements.whole("HighBit", layout.stored - 1) != layout.stored - 1:

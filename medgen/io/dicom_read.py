@@ -4,10 +4,6 @@ The default is to refuse. A missing, doubled or odd slice, a tilted gantry, a tr
 an error that names the file; repairs happen only where `ReadOptions` asks for them.
 """
 
-import hashlib
-import os
-from collections import defaultdict
-from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +12,8 @@ from medgen import log
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
 from medgen.grid import Grid
 from medgen.io.dicom_decode import LOSSY, Padding, check_syntax
-from medgen.io.dicom_elements import Elements, printable_uid
 from medgen.io.dicom_file import DicomFile, open_file
+from medgen.io.dicom_find import find_series, why_not, without_localizers
 from medgen.io.dicom_frames import frames_of, is_planar
 from medgen.io.dicom_series import Stack, stack
 from medgen.io.dicom_voxels import (
@@ -31,134 +27,12 @@ from medgen.io.dicom_voxels import (
     turned,
     unit_of,
 )
-from medgen.io.source import ReadOptions, Skipped, Source
+from medgen.io.source import ReadOptions, Source
 from medgen.scan import Header, Scale, Scan
 
 # Where pixel spacing is stated if not for the patient, and what it is then true of.
 _PROJECTED = (("ImagerPixelSpacing", "on the detector plane"), ("NominalScannedPixelSpacing", "on the film"))
 _COLOURS = ("red", "green", "blue")
-
-
-# -- finding -----------------------------------------------------------------------------------------
-
-
-def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> tuple[list[Source], list[Skipped]]:
-    """The DICOM volumes and pictures among `files`, from their headers alone.
-
-    Args:
-        files: any files; DICOM is told by content, not by name.
-        options: `force` also accepts DICOM without preamble.
-
-    Returns:
-        One Source for each volume (a series, or one multi-frame file) with its files along the slice normal, and
-        every file that was left out, with the reason.
-    """
-    skipped: list[Skipped] = []
-    series: dict[str, list[DicomFile]] = defaultdict(list)
-    broken: list[DicomFile] = []
-    for path in dict.fromkeys(Path(file) for file in files):
-        try:
-            file = open_file(path, force=options.force)
-        except UnreadableScan as fault:
-            skipped.append(Skipped(str(path), str(fault)))
-            continue
-        if reason := _why_not(file):
-            skipped.append(Skipped(str(path), reason))
-            continue
-        if file.is_program:
-            log.note(f"{file.name}: the preamble begins like a program. Do not run this file.")
-        (series[file.elements.uid("SeriesInstanceUID")] if file.pixels else broken).append(file)
-    for file in broken:
-        # The cut may go through the identifier itself: what is left of it still tells the series.
-        left = file.elements.uid("SeriesInstanceUID")
-        home = next((key for key in series if key.startswith(left)), None)
-        if home is None:
-            skipped.append(Skipped(str(file.path), "an image without pixels: the file is truncated or was stripped"))
-        else:
-            series[home].append(file)
-    groups: list[tuple[str, list[DicomFile]]] = []
-    for identifier, members in series.items():
-        kept, localizers = _without_localizers(members)
-        skipped += [Skipped(str(file.path), "a localizer inside a series of other slices") for file in localizers]
-        groups += _groups(identifier, kept)
-    return _sources(groups), skipped
-
-
-def _why_not(file: DicomFile) -> str:
-    """Why a DICOM file holds no picture medgen reads, '' where it may."""
-    if "Image Storage" not in file.kind or "Microscopy" in file.kind:
-        known = file.kind or f"SOP class {printable_uid(file.sop_class) if file.sop_class else 'unstated'}"
-        return f"{known}: not an image to read"
-    if not file.elements.uid("SeriesInstanceUID"):
-        return "an image without a SeriesInstanceUID: nobody can tell what it belongs to"
-    return ""
-
-
-def _without_localizers(files: list[DicomFile]) -> tuple[list[DicomFile], list[DicomFile]]:
-    """The files, and apart from them the scouts that lie among other slices."""
-    scouts = [file for file in files if file.is_localizer]
-    if not scouts or len(scouts) == len(files):
-        return files, []
-    log.note(f"{len(scouts)} localizers were left out of a series of {len(files)} files: {scouts[0].name}, ...")
-    return [file for file in files if not file.is_localizer], scouts
-
-
-def _groups(series: str, files: list[DicomFile]) -> list[tuple[str, list[DicomFile]]]:
-    """The files of one series as (key, files of one volume)."""
-    apart: dict[str, list[DicomFile]] = defaultdict(list)
-    for file in files:
-        key = series
-        if file.is_multiframe or is_planar(file):
-            key += f" {file.name}"
-        elif file.is_localizer:
-            key += f" {_form(file)}"
-        # All other slices stay together whatever their form: if they disagree, reading says so.
-        apart[key].append(file)
-    return [(key, _sorted(members)) for key, members in apart.items()]
-
-
-def _form(file: DicomFile) -> str:
-    """Frame of reference, size and rounded orientation, as text."""
-    elements = file.elements
-    orientation = [round(n, 2) + 0.0 for n in _lenient(elements, "ImageOrientationPatient")]
-    size = [elements.raw(keyword).hex() for keyword in ("Rows", "Columns", "SamplesPerPixel")]
-    return f"{elements.uid('FrameOfReferenceUID')} {size} {orientation}"
-
-
-def _lenient(elements: Elements, keyword: str) -> tuple[float, ...]:
-    """Numbers for sorting; damaged ones count as absent here and are refused when the series is read."""
-    try:
-        return elements.numbers(keyword)
-    except UnreadableScan:
-        return ()
-
-
-def _sorted(files: list[DicomFile]) -> list[DicomFile]:
-    places = [_lenient(file.elements, "ImagePositionPatient") for file in files]
-    axes = next((a for file in files if len(a := _lenient(file.elements, "ImageOrientationPatient")) == 6), None)
-    if axes is None or any(len(place) != 3 for place in places):
-        return sorted(files, key=lambda file: str(file.path))
-    normal = np.cross(axes[:3], axes[3:])
-    depth = {id(file): round(float(np.dot(place, normal)), 3) for file, place in zip(files, places, strict=True)}
-    return sorted(files, key=lambda file: (depth[id(file)], str(file.path)))
-
-
-def _sources(groups: list[tuple[str, list[DicomFile]]]) -> list[Source]:
-    folders = [Path(os.path.commonpath([file.path.parent for file in files])) for _, files in groups]
-    sources = []
-    for (key, files), folder in zip(groups, folders, strict=True):
-        shared = sum(other == folder or folder in other.parents for other in folders) > 1
-        path = str(folder)
-        if len(files) == 1:
-            path = str(files[0].path)
-        elif shared:
-            path += f"#{hashlib.sha256(key.encode()).hexdigest()[:8]}"
-        paths = tuple(file.path for file in files)
-        sources.append(Source(path, "dicom", paths, files[0].patient, files[0].elements.code("Modality")))
-    return sorted(sources, key=lambda source: source.path)
-
-
-# -- reading -----------------------------------------------------------------------------------------
 
 
 def series_header(source: Source, options: ReadOptions = ReadOptions()) -> tuple[Grid, int, Header]:
@@ -211,9 +85,9 @@ def _opened(source: Source, options: ReadOptions) -> list[DicomFile]:
         raise UnreadableScan(f"{_where(source)}: a DICOM source without files.")
     files = [open_file(Path(path), force=options.force) for path in source.files]
     for file in files:
-        if reason := _why_not(file):
+        if reason := why_not(file):
             raise UnreadableScan(f"{file.name}: {reason}.")
-    files, _ = _without_localizers(files)
+    files, _ = without_localizers(files, [file.is_localizer for file in files])
     total = 0
     for file in files:
         total += file.layout.voxels
@@ -249,11 +123,11 @@ def _one_series(files: list[DicomFile], where: str) -> None:
     first = files[0]
     for file in files[1:]:
         pairs = (
-            ("series", first.elements.uid("SeriesInstanceUID"), file.elements.uid("SeriesInstanceUID")),
+            ("series", first.elements.text("SeriesInstanceUID"), file.elements.text("SeriesInstanceUID")),
             (
                 "frames of reference",
-                first.elements.uid("FrameOfReferenceUID"),
-                file.elements.uid("FrameOfReferenceUID"),
+                first.elements.text("FrameOfReferenceUID"),
+                file.elements.text("FrameOfReferenceUID"),
             ),
             ("patients", first.patient, file.patient),
             ("photometric interpretations", first.layout.photometric, file.layout.photometric),

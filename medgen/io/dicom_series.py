@@ -25,6 +25,8 @@ _SAME_MM, _UNEVEN = 0.01, 0.01
 _DRIFT = 0.1
 _TILT_DEGREES = 0.1
 _ORIENTATION = 1e-3
+# What must not change along one volume. (Acquisition numbers and times do, in one scan.)
+_KINDS = ("TemporalPositionIdentifier", "TemporalPositionIndex", "EchoNumbers", "DiffusionBValue")
 
 
 @dataclass(frozen=True)
@@ -166,12 +168,14 @@ def _channels(ranks: list[list[Frame]], where: str) -> tuple[list[list[Frame]], 
     """One list of frames along the normal for each channel, and the channels' names."""
     fewest, most = min(map(len, ranks)), max(map(len, ranks))
     if most == 1:
+        _one_kind([rank[0] for rank in ranks], where)
         return [[rank[0] for rank in ranks]], ()
     copies_only = fewest == most and all(_is_copy(rank[0], frame) for rank in ranks for frame in rank[1:])
     if fewest < most or copies_only:
         ranks = _without_copies(ranks, 1 if copies_only else fewest)
         fewest, most = min(map(len, ranks)), max(map(len, ranks))
     if most == 1:
+        _one_kind([rank[0] for rank in ranks], where)
         return [[rank[0] for rank in ranks]], ()
     if fewest == most and (split := _split(ranks)):
         return split
@@ -182,6 +186,15 @@ def _channels(ranks: list[list[Frame]], where: str) -> tuple[list[list[Frame]], 
         f"{where}: {how}; at place {depth} of {len(ranks)} {names} differ, and nothing in the headers (time, echo, "
         "b-value, acquisition) tells complete sets apart. Remove the extra files, or split the series."
     )
+
+
+def _one_kind(frames: list[Frame], where: str) -> None:
+    """Refuse slices of several times, echoes or b-values that lie at different places, which would interleave."""
+    for keyword in _KINDS:
+        values = {frame.keys.get(keyword): frame for frame in frames}
+        if len(values) > 1:
+            one, other = list(values.values())[:2]
+            _mixed(where, f"values of {keyword}", "one", one.name, "another", other.name)
 
 
 def _is_copy(one: Frame, other: Frame) -> bool:
@@ -323,7 +336,9 @@ def _straight(
 def _untilted(grid: Grid, step: np.ndarray, normal: np.ndarray, where: str, options: ReadOptions) -> Grid | None:
     """The grid to move sheared slices onto; None where they are straight, or stay sheared."""
     tilt = float(np.degrees(np.arctan2(np.linalg.norm(np.cross(step, normal)), step @ normal)))
-    if tilt <= _TILT_DEGREES or options.on_tilt == "shear":
+    # Over a few thin slices the rounding of positions alone may exceed the angle.
+    sideways = np.linalg.norm(np.cross(step, normal)) * (grid.shape[2] - 1)
+    if tilt <= _TILT_DEGREES or sideways <= 2 * _SAME_MM or options.on_tilt == "shear":
         return None
     if options.on_tilt == "error":
         raise GeometryError(
