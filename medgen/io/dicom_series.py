@@ -191,9 +191,9 @@ def _channels(ranks: list[list[Frame]], where: str) -> tuple[list[list[Frame]], 
 def _one_kind(frames: list[Frame], where: str) -> None:
     """Refuse slices of several times, echoes or b-values that lie at different places, which would interleave."""
     for keyword in _KINDS:
-        values = {frame.keys.get(keyword): frame for frame in frames}
-        if len(values) > 1:
-            one, other = list(values.values())[:2]
+        one = frames[0]
+        other = next((frame for frame in frames if frame.keys.get(keyword) != one.keys.get(keyword)), None)
+        if other is not None:
             _mixed(where, f"values of {keyword}", "one", one.name, "another", other.name)
 
 
