@@ -48,8 +48,9 @@ def drafts_of_table(path: Path, options: ReadOptions) -> tuple[Path, list[Draft]
     seen: dict[str, tuple[Source, ...]] = {}
     drafts = []
     for number, line in enumerate(track(lines, "looking for files"), 2):
-        sources = [_source(root, part, seen, options) for part in line.get("path", "").split(";")]
-        if any(source is None for source in sources) or (line.get("mask") and not (root / line["mask"]).exists()):
+        parts = line.get("path", "").split(";")
+        sources = [source for part in parts if (source := _source(root, part, seen, options))]
+        if len(sources) < len(parts) or (line.get("mask") and not (root / line["mask"]).exists()):
             raise DataError(f"{path.name}, line {number}: no such scan or mask. Paths start from {root.name or root}.")
         whole = replace(sources[0], files=tuple(chain.from_iterable(source.files for source in sources)))
         one = draft(whole, root)

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
+from typing import Literal
 
 from medgen.errors import DataError, GeometryError, UnreadableScan
 from medgen.io.source import Found, ReadOptions, Skipped, Source
@@ -19,7 +20,8 @@ _NIFTI = (".nii", ".nii.gz")
 _ITK = (".nrrd", ".nhdr", ".mha", ".mhd")
 _RASTER = (".png", ".jpg", ".jpeg", ".tif", ".tiff")
 _NPZ = (".npz",)
-_FORMATS = {"nifti": _NIFTI, "itk": _ITK, "raster": _RASTER, "npz": _NPZ}
+Format = Literal["nifti", "itk", "raster", "npz", "dicom", "none"]
+_FORMATS: dict[Format, tuple[str, ...]] = {"nifti": _NIFTI, "itk": _ITK, "raster": _RASTER, "npz": _NPZ}
 _NO_SCAN = re.compile(
     r"\.(txt|json|csv|tsv|md|rst|pdf|ya?ml|toml|xml|html?|log|py|ipynb|sh|m|mat|xlsx?|docx?|pptx?|bval|bvec|trk|tck|gii|pkl"
     r"|pt|pth|ckpt|safetensors|npy|h5|hdf5|db|sqlite|gif|svg|bmp|mp4|avi|lock|sha256|md5|cff|css|js|stl|obj|vtk|vtp|part)$"
@@ -177,7 +179,7 @@ def _walk(folder: Path) -> list[Path]:
     return files
 
 
-def format_of(path: Path) -> str:
+def format_of(path: Path) -> Format:
     """The reader a file name calls for: a kind, 'none' for no scan, or 'dicom' where content must tell."""
     name = path.name.lower()
     for kind, endings in _FORMATS.items():
