@@ -75,7 +75,9 @@ class Contract(BaseModel):
         """
         told = scan.header.modality
         if told and self.modality and told != self.modality:
-            raise BundleError(f"The model was trained on {self.modality}; this scan is {told}. Use a bundle for {told}.")
+            raise BundleError(
+                f"The model was trained on {self.modality}; this scan is {told}. Use a bundle for {told}."
+            )
         if scan.scale.unit != self.unit and scan.scale.unit and self.unit:
             raise BundleError(f"The model was trained on values in {self.unit}; this scan is in {scan.scale.unit}.")
         if scan.channels != self.channels or scan.is_planar != self.planar:
@@ -96,7 +98,9 @@ class Contract(BaseModel):
                 "It looks like another modality or unit (Hounsfield units are negative in air)."
             )
         if self.unit == "HU" and low > -500:
-            raise BundleError(f"The model was trained on Hounsfield units from {self.low:g}; this scan starts at {low:g}.")
+            raise BundleError(
+                f"The model was trained on Hounsfield units from {self.low:g}; this scan starts at {low:g}."
+            )
         if self.unit != "HU" and not (0.02 * span < high - low < 50 * span):
             return [f"values span {high - low:g}, training scans spanned {span:g}"]
         return []
@@ -214,7 +218,9 @@ class Bundle:
                 models[name] = model.to(device).eval()
         except (ValidationError, SafetensorError, RuntimeError, KeyError) as error:
             first = str(error).strip().splitlines()[0]
-            raise BundleError(f"{folder.name}: bundle.json and the weights do not belong together ({first}).") from error
+            raise BundleError(
+                f"{folder.name}: bundle.json and the weights do not belong together ({first})."
+            ) from error
         return cls(
             models=models,
             recipe=recipe,

@@ -12,7 +12,9 @@ _SHOWN = 40
 
 
 @app.command()
-def info(data: Data, as_json: AsJson = False, on_gap: OnGap = "error", on_tilt: OnTilt = "error", xform: Xform = "error"):
+def info(
+    data: Data, as_json: AsJson = False, on_gap: OnGap = "error", on_tilt: OnTilt = "error", xform: Xform = "error"
+):
     """What a file or folder holds: scans, sizes, spacing, and what was skipped and why."""
     from medgen.tasks.look import info as look
 

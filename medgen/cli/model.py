@@ -6,9 +6,26 @@ import typer
 
 from medgen.cli import app
 from medgen.cli.shared import (
-    AsJson, Data, Device, Domain, DryRun, Force, Label, Minutes, OnGap, OnTilt, Out, Preset, Quiet, Seed, Set, Xform,
-    reading, say, speaking,
-)  # fmt: skip
+    AsJson,
+    Data,
+    Device,
+    Domain,
+    DryRun,
+    Force,
+    Label,
+    Minutes,
+    OnGap,
+    OnTilt,
+    Out,
+    Preset,
+    Quiet,
+    Seed,
+    Set,
+    Xform,
+    reading,
+    say,
+    speaking,
+)
 
 
 @app.command()

@@ -8,9 +8,26 @@ import typer
 from medgen.cli import app
 from medgen.cli.model import show_plan
 from medgen.cli.shared import (
-    AsJson, Data, Device, Domain, DryRun, Force, Label, Minutes, OnGap, OnTilt, Out, Preset, Quiet, Seed, Set, Xform,
-    reading, say, speaking,
-)  # fmt: skip
+    AsJson,
+    Data,
+    Device,
+    Domain,
+    DryRun,
+    Force,
+    Label,
+    Minutes,
+    OnGap,
+    OnTilt,
+    Out,
+    Preset,
+    Quiet,
+    Seed,
+    Set,
+    Xform,
+    reading,
+    say,
+    speaking,
+)
 
 _FORMATS = ("auto", "nifti", "dicom", "png", "npz")
 
@@ -56,7 +73,9 @@ def augment(
     test = done.copy_test
     lines = [f"Wrote {done.written} synthetic scans ({done.format}) to {done.folder}; look at contact_sheet.png."]
     if test:
-        lines.append(f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f}).")
+        lines.append(
+            f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f})."
+        )
     lines.append(f"Next: medgen score NEW_SCANS -m {bundle or done.folder / 'bundle'} -o OUT")
     facts = {"folder": done.folder, "written": done.written, "copies_rejected": done.copies_rejected}
     say(lines, facts | {"format": done.format, "copy_test": test.to_dict() if test else None}, as_json)
@@ -99,7 +118,10 @@ def score(
         lines.append(f"  {scan.case}: score {scan.score:.4f}{p}{mark}" + "".join(f"  ({w})" for w in scan.warnings))
     lines += [f"  ... {len(done.scans) - 20} more in scores.csv"] if len(done.scans) > 20 else []
     lines = [f"Scored {len(done.scans) - done.failed} of {len(done.scans)} scans, most unusual first:", *lines]
-    lines += [f"Wrote scores.csv{', maps and pictures' if maps else ''} to {done.folder}.", "Research use only, not a medical device."]
+    lines += [
+        f"Wrote scores.csv{', maps and pictures' if maps else ''} to {done.folder}.",
+        "Research use only, not a medical device.",
+    ]
     facts = {"folder": done.folder, "failed": done.failed, "notes": done.notes, "scans": [vars(s) for s in done.scans]}
     say(lines, facts, as_json)
     if done.failed:

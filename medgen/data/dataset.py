@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Float, Int
 from monai.data import CacheDataset, ImageReader, PersistentDataset
-from monai.transforms import Compose, RandAffine, RandAdjustContrast, RandFlip, RandGaussianNoise, Transform
+from monai.transforms import Compose, RandAdjustContrast, RandAffine, RandFlip, RandGaussianNoise, Transform
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset

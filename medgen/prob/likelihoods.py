@@ -49,7 +49,7 @@ class DiscretisedLogistic(Distribution):
         inner = lowest + highest + torch.log(-torch.expm1(lower - upper))
         return torch.where(value < half, lowest, torch.where(value > 1 - half, highest, inner))
 
-    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:  # noqa: B008
+    def sample(self, sample_shape: torch.Size = torch.Size()) -> Tensor:
         """A grey value, on [0, 1]."""
         uniform = torch.rand(self._extended_shape(sample_shape)).clamp(1e-6, 1 - 1e-6).to(self._mean)
         drawn = (self._mean + self.scale * torch.logit(uniform)).clamp(0, 1)

@@ -67,9 +67,7 @@ def _tile(gray: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Picture:
 
 def _row(tiles: Sequence[Picture]) -> Picture:
     tall = max(tile.shape[0] for tile in tiles)
-    padded = [
-        np.pad(tile, ((0, tall - tile.shape[0]), (0, 4), (0, 0)), constant_values=_BACKGROUND) for tile in tiles
-    ]
+    padded = [np.pad(tile, ((0, tall - tile.shape[0]), (0, 4), (0, 0)), constant_values=_BACKGROUND) for tile in tiles]
     return np.concatenate(padded, axis=1)
 
 
@@ -125,7 +123,11 @@ def overlay(scan: Scan, z_map: Scan, path: Path, *, title: str) -> Path:
     plain = [_tile(v, s) for v, s in zip(views(upright, at), sizes, strict=True)]
     maps = planes(np.nan_to_num(z, nan=0.0), at, planar=scan.is_planar)
     coloured = [_coloured(tile, plane, size) for tile, plane, size in zip(plain, maps, sizes, strict=True)]
-    body = np.concatenate([_row(plain), _row(coloured)], axis=1) if scan.is_planar else _stack([_row(plain), _row(coloured)])
+    body = (
+        np.concatenate([_row(plain), _row(coloured)], axis=1)
+        if scan.is_planar
+        else _stack([_row(plain), _row(coloured)])
+    )
     legend = np.repeat(np.linspace(*Z_SHOWN, 160, dtype=np.float32)[None], 10, axis=0)
     bar = _coloured(np.full((10, 160, 3), _BACKGROUND, np.uint8), legend, (160, 10))
     low, high = Z_SHOWN

@@ -7,7 +7,6 @@ healthy standard deviations the residual lies above the healthy mean at that pla
 
 import csv
 import json
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -196,8 +195,8 @@ def _limits(bundle: Bundle, rate: float) -> list[str]:
         return ["The bundle was calibrated on no healthy scan: scores have no p-value and maps are not drawn."]
     if count < normals_needed(rate):
         return [
-            f"A false-alarm rate of {rate:g} needs {normals_needed(rate)} held-out healthy scans; the bundle has {count}. "
-            f"Scans are not flagged and no mask is drawn; the smallest possible p-value is {1 / (count + 1):.3f}."
+            f"A false-alarm rate of {rate:g} needs {normals_needed(rate)} held-out healthy scans; the bundle has "
+            f"{count}. Scans are not flagged and no mask is drawn; the smallest possible p-value is {1 / (count + 1):.3f}."
         ]
     return []
 

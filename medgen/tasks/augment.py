@@ -18,7 +18,7 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
 from medgen.data.manifest import Manifest, Row
-from medgen.errors import CapabilityError, ConfigError, DataError, PrivacyError
+from medgen.errors import CapabilityError, ConfigError, PrivacyError
 from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
@@ -97,7 +97,14 @@ def augment(
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
     plan = plan_training(
-        data, preset=preset, label=label, domain=domain, overrides=overrides, minutes=minutes, options=options, seed=seed
+        data,
+        preset=preset,
+        label=label,
+        domain=domain,
+        overrides=overrides,
+        minutes=minutes,
+        options=options,
+        seed=seed,
     )
     if bundle is not None:
         trained = Bundle.load(bundle)
@@ -172,8 +179,8 @@ def _copy_detector(
     if not test.reliable:
         worst = min(test.copies_caught, key=lambda kind: test.copies_caught[kind])
         note(
-            f"On these scans copies are told imperfectly: {test.held_out_flagged:.0%} of held-out scans look like copies, "
-            f"{test.copies_caught[worst]:.0%} of {worst} copies are caught. Do not rely on the screening alone."
+            f"On these scans copies are told imperfectly: {test.held_out_flagged:.0%} of held-out scans look like "
+            f"copies, {test.copies_caught[worst]:.0%} of {worst} copies are caught. Do not rely on the screening alone."
         )
     return detector, test
 
@@ -223,8 +230,8 @@ def _new_scan(
         if ratio >= test.threshold:
             return values, draw + 1, round(ratio, 4)
     raise PrivacyError(
-        f"{_MOST_DRAWS} draws in a row were copies of training scans: the model has memorised them. Nothing was written. "
-        "Train on more scans, or for a shorter time."
+        f"{_MOST_DRAWS} draws in a row were copies of training scans: the model has memorised them. Nothing was written. Train on "
+        " more scans, or for a shorter time."
     )
 
 
@@ -266,7 +273,9 @@ def synthetic_scan(bundle: Bundle, values: Tensor) -> Scan:
         return scan
     physical = np.round(scan.physical())
     low, high = physical.min(), physical.max()
-    kind = next((k for k in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(k).min <= low and high <= np.iinfo(k).max))
+    kind = next(
+        k for k in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(k).min <= low and high <= np.iinfo(k).max
+    )
     return scan.with_voxels(physical.astype(kind), scale=Scale(unit=bundle.contract.unit))
 
 

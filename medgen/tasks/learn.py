@@ -94,7 +94,9 @@ def plan_training(
     values = load_preset(name, overrides)
     if values.about.dims != (2 if found.planar else 3):
         kind = "images" if found.planar else "volumes"
-        raise ConfigError(f"Preset {name!r} is for {values.about.dims}D; these are {kind}. Run `medgen models` for others.")
+        raise ConfigError(
+            f"Preset {name!r} is for {values.about.dims}D; these are {kind}. Run `medgen models` for others."
+        )
     recipe = _recipe(values, found)
     config = _model_config(values, recipe, found, manifest, name)
     settings = typed(FitConfig, values.fit, name, "fit")
@@ -144,7 +146,14 @@ def train(
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
     plan = plan_training(
-        data, preset=preset, label=label, domain=domain, overrides=overrides, minutes=minutes, options=options, seed=seed
+        data,
+        preset=preset,
+        label=label,
+        domain=domain,
+        overrides=overrides,
+        minutes=minutes,
+        options=options,
+        seed=seed,
     )
     learn(plan, work, seed=seed, device=device, options=options, licence=licence)
     return work.finish({"command": "train", "settings": settings, "plan": plan.describe()})

@@ -124,7 +124,9 @@ class _Run:
             model.initialise(_first(train, 64).to(self.fabric.device))
         self.players = model.players()
         optimizers = [
-            torch.optim.AdamW(p.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay)
+            torch.optim.AdamW(
+                p.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+            )
             for p in self.players
         ]
         self.module, *self.optimizers = self.fabric.setup(model, *optimizers)
@@ -239,7 +241,9 @@ class _Run:
     def _restore(self, tensors: dict[str, Tensor], saved: Progress) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
             device = self.fabric.device
-            return {k.removeprefix(f"{prefix}."): t.to(device) for k, t in tensors.items() if k.startswith(f"{prefix}.")}
+            return {
+                k.removeprefix(f"{prefix}."): t.to(device) for k, t in tensors.items() if k.startswith(f"{prefix}.")
+            }
 
         self.model.load_state_dict(part("model"))
         self.average.weights, self.best = part("average"), part("best")

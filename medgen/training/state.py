@@ -72,7 +72,9 @@ def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
     """The optimizer's running averages under flat names."""
     state = optimizer.state_dict()["state"]
     return {
-        f"{prefix}.{index}.{key}": torch.as_tensor(value) for index, kept in state.items() for key, value in kept.items()
+        f"{prefix}.{index}.{key}": torch.as_tensor(value)
+        for index, kept in state.items()
+        for key, value in kept.items()
     }
 
 
