@@ -6,13 +6,35 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from monai.networks.layers.factories import Conv
 from torch import Tensor, nn
+
+
+class _FullPrecisionWhereSmall:
+    """Convolves in the weights' own precision where an axis is shorter than the kernel.
+
+    There, oneDNN's bfloat16 weight gradient reads memory nobody wrote (torch 2.13 on CPUs with avx512_bf16), which
+    makes it random and sometimes infinite; such maps are so small that precision costs nothing.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.device.type != "cpu" or min(x.shape[2:]) >= max(self.kernel_size):
+            return super().forward(x)
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.to(self.weight.dtype))
+
+
+class _Conv2d(_FullPrecisionWhereSmall, nn.Conv2d):
+    pass
+
+
+class _Conv3d(_FullPrecisionWhereSmall, nn.Conv3d):
+    pass
 
 
 def conv(dims: Literal[2, 3] | int, inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Module:
     """A convolution that keeps the size (or divides it by `stride`)."""
-    return Conv[Conv.CONV, dims](inside, outside, kernel, stride=stride, padding=kernel // 2)
+    kind = _Conv2d if dims == 2 else _Conv3d
+    return kind(inside, outside, kernel, stride=stride, padding=kernel // 2)
 
 
 def norm(width: int) -> nn.GroupNorm:
