@@ -196,7 +196,8 @@ def _limits(bundle: Bundle, rate: float) -> list[str]:
     if count < normals_needed(rate):
         return [
             f"A false-alarm rate of {rate:g} needs {normals_needed(rate)} held-out healthy scans; the bundle has "
-            f"{count}. Scans are not flagged and no mask is drawn; the smallest possible p-value is {1 / (count + 1):.3f}."
+            f"{count}. Scans are not flagged and no mask is drawn; the smallest "
+            f"possible p-value is {1 / (count + 1):.3f}."
         ]
     return []
 

@@ -174,8 +174,9 @@ def _copy_detector(
         note("No held-out scan: copies are told with the threshold r = 0.5.")
         return detector, CopyTest(0.5, 0.0, {}, 0, False)
     new = ScanDataset(_part(manifest, held), bundle.recipe, options=options)
-    count = min(len(new), 200)
-    test = detector.calibrate(torch.stack([new[i]["x"] for i in range(count)]), seed=seed)
+    count = min(len(new), 200 if bundle.contract.planar else 40)
+    copies = 20 if bundle.contract.planar else 8
+    test = detector.calibrate(torch.stack([new[i]["x"] for i in range(count)]), copies=copies, seed=seed)
     if not test.reliable:
         worst = min(test.copies_caught, key=lambda kind: test.copies_caught[kind])
         note(
@@ -230,8 +231,8 @@ def _new_scan(
         if ratio >= test.threshold:
             return values, draw + 1, round(ratio, 4)
     raise PrivacyError(
-        f"{_MOST_DRAWS} draws in a row were copies of training scans: the model has memorised them. Nothing was written. Train on "
-        " more scans, or for a shorter time."
+        f"{_MOST_DRAWS} draws in a row copied training scans: the model has memorised them. Nothing was written. "
+        "Train on more scans, or for a shorter time."
     )
 
 
