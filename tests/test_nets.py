@@ -130,6 +130,15 @@ def test_channels_last_changes_the_layout_and_no_number(dims, layout):
     assert torch.allclose(layer(x), before, atol=1e-5)
 
 
+@pytest.mark.parametrize("rank", [4, 5])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_channels_last_leaves_all_but_convolutions_alone(dims, rank):
+    module = torch.nn.Sequential(conv(dims, 2, 2))
+    module.register_buffer("table", torch.arange(2.0**rank).reshape((2,) * rank))
+    channels_last(module, dims)
+    assert module.table.is_contiguous()
+
+
 def test_frozen_parameters_are_not_counted():
     layer = conv(2, 3, 5)
     assert count_parameters(layer) == 5 * 3 * 9 + 5

@@ -175,6 +175,7 @@ def _fragments(file: DicomFile) -> list[bytes]:
     with file.path.open("rb") as stream:
         stream.seek(file.layout.offset)
         content = stream.read()
+    _check_items(content, file.name)
     try:
         frames = list(generate_frames(content, number_of_frames=file.layout.frames))
     except (*_DECODER_FAULTS, EOFError) as fault:
@@ -184,6 +185,18 @@ def _fragments(file: DicomFile) -> list[bytes]:
             f"{file.name}: {file.layout.frames} frames expected, {len(frames)} found. The file is damaged."
         )
     return frames
+
+
+def _check_items(content: bytes, name: str) -> None:
+    """Refuse fragments that reach beyond the end of the file: decoders take long to notice, or do not."""
+    at = 0
+    while at + 8 <= len(content):
+        tag, length = content[at : at + 4], struct.unpack_from("<I", content, at + 4)[0]
+        if tag != b"\xfe\xff\x00\xe0":
+            return
+        at += 8 + length
+    if at > len(content):
+        raise UnreadableScan(f"{name}: the compressed pixel data are cut off. The file is truncated; copy it again.")
 
 
 def frame_bytes(layout: Layout) -> int:

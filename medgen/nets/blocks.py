@@ -201,9 +201,12 @@ def count_parameters(module: nn.Module) -> int:
 
 
 def channels_last(module: nn.Module, dims: int) -> nn.Module:
-    """The module with weights laid out channels last, which CPUs and GPUs convolve faster."""
+    """The module with convolution weights laid out channels last, which CPUs and GPUs convolve faster."""
     layout = torch.channels_last if dims == 2 else torch.channels_last_3d
-    return module.to(memory_format=layout)
+    for part in module.modules():
+        if isinstance(part, nn.Conv2d | nn.Conv3d):
+            part.to(memory_format=layout)
+    return module
 
 
 __all__ = [
