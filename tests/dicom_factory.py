@@ -1,5 +1,6 @@
 """DICOM series with a known truth, written with pydicom alone, and every way in which such a series goes wrong."""
 
+import struct
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -184,6 +185,28 @@ def radiograph(folder: Path, stored: np.ndarray, *, name: str = "cr.dcm", edit: 
     return save(ds, folder / name)
 
 
+def lossless_jpeg(stored: np.ndarray, bits: int = 16) -> bytes:
+    """One picture as JPEG Lossless, first-order prediction (ITU-T T.81, process 14, selection value 1)."""
+    values = stored.astype(np.int64) & 0xFFFF
+    left = np.empty_like(values)
+    left[:, 1:], left[1:, 0], left[0, 0] = values[:, :-1], values[:-1, 0], 1 << (bits - 1)
+    differences = ((values - left + 0x8000) & 0xFFFF) - 0x8000
+    code = []
+    for difference in differences.ravel().tolist():
+        size = abs(difference).bit_length()
+        # Seventeen categories, each a code of five bits in order.
+        code.append(f"{size:05b}")
+        if 0 < size < 16:
+            code.append(f"{difference if difference > 0 else difference + (1 << size) - 1:0{size}b}")
+    text = "".join(code)
+    text += "1" * (-len(text) % 8)
+    data = bytes(int(text[n : n + 8], 2) for n in range(0, len(text), 8)).replace(b"\xff", b"\xff\x00")
+    rows, columns = stored.shape
+    frame = b"\xff\xc3\x00\x0b" + bytes([bits]) + struct.pack(">HH", rows, columns) + b"\x01\x01\x11\x00"
+    table = b"\xff\xc4" + struct.pack(">H", 2 + 17 + 17) + b"\x00" + bytes([0] * 4 + [17] + [0] * 11) + bytes(range(17))
+    return b"\xff\xd8" + frame + table + b"\xff\xda\x00\x08\x01\x01\x00\x01\x00\x00" + data + b"\xff\xd9"
+
+
 def recode(ds: Dataset, syntax: str) -> None:
     """Change how a dataset will be written, uncompressed."""
     ds.file_meta.TransferSyntaxUID = syntax
@@ -205,6 +228,7 @@ __all__ = [
     "ct_slice",
     "enhanced_ct",
     "hounsfield",
+    "lossless_jpeg",
     "pixels",
     "radiograph",
     "recode",

@@ -17,6 +17,7 @@ from pydicom.uid import (
     ExplicitVRBigEndian,
     ImplicitVRLittleEndian,
     JPEG2000Lossless,
+    JPEGLossless,
     JPEGLosslessSV1,
     JPEGLSLossless,
     RLELossless,
@@ -306,6 +307,24 @@ def test_compressed_encodings(tmp_path, syntax, signed):
     assert not scan.header.lossy
 
 
+@pytest.mark.parametrize("signed", [False, True])
+@pytest.mark.parametrize("syntax", [JPEGLossless, JPEGLosslessSV1])
+def test_lossless_jpeg_needs_nothing_extra(tmp_path, signed, syntax):
+    def edit(ds, k):
+        stored = factory.hounsfield()[k] - (0 if signed else factory.INTERCEPT)
+        factory.pixels(ds, stored, signed=signed)
+        ds.RescaleIntercept = 0 if signed else factory.INTERCEPT
+        ds.file_meta.TransferSyntaxUID = syntax
+        ds.PixelData = encapsulate([factory.lossless_jpeg(stored)])
+        ds["PixelData"].VR = "OB"
+
+    truth = factory.series(tmp_path, hu=factory.hounsfield()[:3], edit=edit)
+    scan = read(tmp_path)
+    np.testing.assert_array_equal(hu(scan), truth.hu)
+    assert scan.voxels.dtype == (np.int16 if signed else np.uint16)
+    assert not scan.header.lossy
+
+
 def test_compressed_frames_of_one_file(tmp_path):
     from pydicom import dcmread
 
@@ -479,12 +498,7 @@ def test_palette(tmp_path):
 
 
 def test_a_missing_decoder_is_named_with_the_way_to_install_it(tmp_path, monkeypatch):
-    def edit(ds, k):
-        ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
-        ds.PixelData = encapsulate([b"\xff\xd8\xff\xd9"])
-        ds["PixelData"].is_undefined_length = True
-
-    factory.series(tmp_path, hu=factory.hounsfield(1), edit=edit)
+    factory.series(tmp_path, hu=factory.hounsfield(1), edit=lambda ds, k: ds.compress(JPEGLSLossless))
 
     class Without:
         available_plugins = ()
@@ -492,7 +506,7 @@ def test_a_missing_decoder_is_named_with_the_way_to_install_it(tmp_path, monkeyp
     monkeypatch.setattr("pydicom.pixels.get_decoder", lambda syntax: Without())
     with pytest.raises(UnreadableScan) as caught:
         read(tmp_path)
-    for words in ("000.dcm", JPEGLosslessSV1, 'pip install "medgen[jpeg-lossless]"'):
+    for words in ("000.dcm", JPEGLSLossless, "pip install"):
         assert words in str(caught.value)
 
 
@@ -521,6 +535,29 @@ def test_damaged_codestreams_give_a_typed_error_or_the_same_shape(tmp_path, synt
         truth.files[0].write_bytes(bytes(changed))
         try:
             assert read(tmp_path).voxels.shape == (1, 80, 64, 1)
+        except DataError as error:
+            assert "000.dcm" in str(error)  # noqa: PT017 - either outcome is right
+
+
+def test_damaged_lossless_jpeg_gives_a_typed_error_and_the_process_lives(tmp_path):
+    stored = factory.hounsfield(1)[0] - factory.INTERCEPT
+
+    def edit(ds, k):
+        ds.file_meta.TransferSyntaxUID = JPEGLosslessSV1
+        ds.PixelData = encapsulate([factory.lossless_jpeg(stored)])
+        ds["PixelData"].VR = "OB"
+
+    truth = factory.series(tmp_path, hu=factory.hounsfield(1), edit=edit)
+    content = truth.files[0].read_bytes()
+    start = content.rindex(b"\xff\xd8")
+    rng = np.random.default_rng(2)
+    for _ in range(60):
+        changed = bytearray(content)
+        for at in rng.integers(start, start + 90, 2):
+            changed[at] = rng.integers(0, 256)
+        truth.files[0].write_bytes(bytes(changed))
+        try:
+            assert read(tmp_path).voxels.shape == (1, 30, 24, 1)
         except DataError as error:
             assert "000.dcm" in str(error)  # noqa: PT017 - either outcome is right
 

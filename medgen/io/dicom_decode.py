@@ -21,12 +21,13 @@ _UID = "1.2.840.10008.1.2"
 NATIVE = frozenset({"", _UID, f"{_UID}.1", f"{_UID}.1.99", f"{_UID}.2"})
 _RLE = f"{_UID}.5"
 _JPEG_EXTENDED = f"{_UID}.4.51"
-_JPEG_LOSSLESS = (f"{_UID}.4.57", f"{_UID}.4.70")
+_THROUGH_ITK = (_JPEG_EXTENDED, f"{_UID}.4.57", f"{_UID}.4.70")
 # JPEG baseline, extended, and near-lossless JPEG-LS lose information whatever the header says.
 LOSSY = frozenset({f"{_UID}.4.50", _JPEG_EXTENDED, f"{_UID}.4.81"})
-# pydicom's own run-length decoder first, because the faster one aborts on damaged data in a way no caller can catch
-# cleanly; GDCM, the largest surface for hostile files, only where nothing else can.
-_PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow", "gdcm")
+# pydicom's own run-length decoder first: the faster one aborts on damaged data in a way no caller can catch. GDCM's
+# Python module is not used at all, because it ends the whole process on damaged JPEG; what only GDCM can decode goes
+# through SimpleITK, which holds the same code and turns its failures into errors.
+_PLUGINS = ("pydicom", "pylibjpeg", "pyjpegls", "pillow")
 # Deflate reaches 1000:1 on blank slices, so a ratio alone says little; a ratio and a size together say bomb.
 _BOMB_BYTES, _BOMB_RATIO = 2**26, 100
 _DECODER_FAULTS = (RuntimeError, ValueError, TypeError, KeyError, IndexError, AttributeError, OSError, struct.error)
@@ -117,7 +118,7 @@ class PixelReader:
     def _decoded(self, frame: bytes, *, raw: bool) -> np.ndarray:
         """One frame through the decoder of its transfer syntax; `raw` leaves colours as they are stored."""
         from pydicom.encaps import encapsulate
-        from pydicom.pixels import get_decoder
+        from pydicom.pixels import convert_color_space, get_decoder
 
         layout, syntax = self.layout, self.file.syntax or f"{_UID}.1"
         encapsulated = self.file.syntax not in NATIVE
@@ -126,8 +127,11 @@ class PixelReader:
         native = f"{_UID}.2" if self.file.big_endian else f"{_UID}.1"
         decoder = get_decoder(syntax if encapsulated else native)
         plugin = next((name for name in _PLUGINS if name in decoder.available_plugins), "") if encapsulated else ""
-        if syntax == _JPEG_EXTENDED and layout.stored > 8:
-            return _through_itk(frame, layout, self.file.name)
+        if syntax in _THROUGH_ITK and (layout.stored > 8 or syntax != _JPEG_EXTENDED):
+            values = _through_itk(frame, layout, syntax, self.file.name)
+            if raw or layout.samples == 1 or layout.photometric == "RGB":
+                return values
+            return convert_color_space(values, "YBR_FULL", "RGB")
         options = {"planar_configuration": layout.planar} if layout.samples > 1 else {}
         try:
             with quiet():
@@ -239,13 +243,11 @@ def check_syntax(file: DicomFile) -> None:
             f"{file.name}: transfer syntax {printable_uid(syntax)} is not supported. "
             "Convert the file, for example to Explicit VR Little Endian."
         ) from fault
-    if not plugins and syntax in _JPEG_LOSSLESS:
+    if syntax not in _THROUGH_ITK and not set(plugins) & set(_PLUGINS):
         raise UnreadableScan(
-            f"{file.name}: JPEG Lossless (transfer syntax {syntax}) needs a decoder that is not installed. "
-            'Run: pip install "medgen[jpeg-lossless]"'
+            f"{file.name}: no decoder is installed for transfer syntax {syntax}. "
+            "Run: pip install --upgrade medgen, which brings pylibjpeg, pyjpegls and Pillow."
         )
-    if not plugins:
-        raise UnreadableScan(f"{file.name}: no decoder is installed for transfer syntax {syntax}.")
     if layout.length is not None:
         raise UnreadableScan(f"{file.name}: compressed pixels must be encapsulated in fragments; they are not.")
 
@@ -287,8 +289,8 @@ def _codestream_size(frame: bytes) -> tuple[int, int] | None:
     return None
 
 
-def _through_itk(frame: bytes, layout: Layout, name: str) -> np.ndarray:
-    """Decode 12-bit JPEG with SimpleITK, which reads files only: a bare one without any header but the pixels'."""
+def _through_itk(frame: bytes, layout: Layout, syntax: str, name: str) -> np.ndarray:
+    """Decode with SimpleITK, which reads files only: a bare one that describes nothing but the pixels."""
     import SimpleITK
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
@@ -296,19 +298,30 @@ def _through_itk(frame: bytes, layout: Layout, name: str) -> np.ndarray:
 
     bare = Dataset()
     bare.file_meta = FileMetaDataset()
-    bare.file_meta.TransferSyntaxUID = _JPEG_EXTENDED
+    bare.file_meta.TransferSyntaxUID = syntax
     bare.SOPClassUID, bare.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    bare.Rows, bare.Columns, bare.SamplesPerPixel = layout.rows, layout.columns, 1
+    bare.Rows, bare.Columns, bare.SamplesPerPixel = layout.rows, layout.columns, layout.samples
     bare.BitsAllocated, bare.BitsStored, bare.HighBit = layout.allocated, layout.stored, layout.stored - 1
-    bare.PixelRepresentation, bare.PhotometricInterpretation = int(layout.signed), "MONOCHROME2"
+    # Under these names no reader inverts or converts: the values come out as they are stored.
+    bare.PixelRepresentation = int(layout.signed)
+    bare.PhotometricInterpretation = "RGB" if layout.samples == 3 else "MONOCHROME2"
+    if layout.samples == 3:
+        bare.PlanarConfiguration = 0
     bare.PixelData = encapsulate([frame])
     with tempfile.TemporaryDirectory(prefix="medgen-") as folder:
         path = Path(folder) / "frame.dcm"
         bare.save_as(path, enforce_file_format=True)
+        reader = SimpleITK.ImageFileReader()
+        reader.SetFileName(str(path))
+        reader.SetImageIO("GDCMImageIO")
         try:
-            return SimpleITK.GetArrayFromImage(SimpleITK.ReadImage(str(path))).reshape(layout.rows, layout.columns)
+            values = SimpleITK.GetArrayFromImage(reader.Execute())
         except RuntimeError as fault:
-            raise UnreadableScan(f"{name}: 12-bit JPEG that cannot be decoded. Convert the file.") from fault
+            raise UnreadableScan(
+                f"{name}: the compressed pixel data cannot be decoded (transfer syntax {syntax}). "
+                "The file is damaged; copy or export it again."
+            ) from fault
+    return values.reshape((layout.rows, layout.columns, layout.samples)[: 2 if layout.samples == 1 else 3])
 
 
 def tidy(

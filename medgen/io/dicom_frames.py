@@ -3,6 +3,7 @@
 Classic files say it once; in multi-frame files the groups of a frame override the groups shared by all frames.
 """
 
+import re
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -172,11 +173,11 @@ def _keys(file: DicomFile, groups: list[Elements]) -> dict[str, float | str]:
 
 def _seconds(text: str) -> float | None:
     """Seconds since midnight of HHMMSS.FFFFFF; None for anything else."""
-    digits = text.replace(":", "")
-    whole, _, fraction = digits.partition(".")
-    if not (whole.isdigit() and len(whole) == 6 and (not fraction or fraction.isdigit())):
+    found = re.fullmatch(r"([0-9]{2}):?([0-9]{2}):?([0-9]{2})(\.[0-9]+)?", text)
+    if not found:
         return None
-    return int(whole[:2]) * 3600 + int(whole[2:4]) * 60 + int(whole[4:]) + float(f"0.{fraction or 0}")
+    hours, minutes, seconds, fraction = found.groups()
+    return int(hours) * 3600 + int(minutes) * 60 + int(seconds) + float(fraction or 0)
 
 
 def _rescale(file: DicomFile, groups: list[Elements], options: ReadOptions) -> Rescale:
