@@ -49,7 +49,9 @@ class CodeField(nn.Module):
             mean = codes[chosen].mean(0)
             centred = (codes[chosen] - mean).flatten(1)
             pca = principal_components(centred, self.components.shape[1])
-            components = pca.directions * pca.variances.sqrt()[:, None]
+            # No more than the codes' own spread: weak components have theirs raised above the residual.
+            spread = (centred @ pca.directions.T).square().sum(0) / (len(centred) - 1)
+            components = pca.directions * torch.minimum(spread, pca.variances).sqrt()[:, None]
             left = (centred.square().sum(0) / (len(centred) - 1) - components.square().sum(0)).clamp(min=0)
             self.mean[index] = codes[cond == index].mean(0) if (cond == index).any() else mean
             self.components[index] = components.reshape(-1, *self.code_shape)
