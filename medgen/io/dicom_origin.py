@@ -158,7 +158,7 @@ def _read(file: Path) -> Dataset:
         stream: Path | io.BytesIO = file
         if opened.syntax == DeflatedExplicitVRLittleEndian and opened.pixels:
             # Left to itself pydicom inflates everything, however large.
-            head = inflate(deflated_body(file), opened.pixels[1], file.name)
+            head = inflate(deflated_body(file), opened.pixels.offset, file.name)
             stream = io.BytesIO(bytes(128) + b"DICM" + head)
         header = dcmread(stream, stop_before_pixels=True, specific_tags=tags, force=True)
         uids = [str(header.get(keyword, "") or "") for keyword in _PLACE[:5]]
