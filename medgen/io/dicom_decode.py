@@ -5,10 +5,8 @@ file, the number of frames against the fragments, a codestream's own width and h
 """
 
 import struct
-import tempfile
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Integer, Shaped
@@ -16,14 +14,13 @@ from jaxtyping import Bool, Integer, Shaped
 from medgen.errors import UnreadableScan
 from medgen.io.dicom_elements import printable_uid, quiet
 from medgen.io.dicom_file import DicomFile, Layout, deflated_body, inflate
+from medgen.io.dicom_jpeg import EXTENDED, LOSSLESS, codestream_size, decode_jpeg
 
 _UID = "1.2.840.10008.1.2"
 NATIVE = frozenset({"", _UID, f"{_UID}.1", f"{_UID}.1.99", f"{_UID}.2"})
 _RLE = f"{_UID}.5"
-_JPEG_EXTENDED = f"{_UID}.4.51"
-_THROUGH_ITK = (_JPEG_EXTENDED, f"{_UID}.4.57", f"{_UID}.4.70")
 # JPEG baseline, extended, and near-lossless JPEG-LS lose information whatever the header says.
-LOSSY = frozenset({f"{_UID}.4.50", _JPEG_EXTENDED, f"{_UID}.4.81"})
+LOSSY = frozenset({f"{_UID}.4.50", EXTENDED, f"{_UID}.4.81"})
 # pydicom's own run-length decoder first: the faster one aborts on damaged data in a way no caller can catch. GDCM's
 # Python module is not used at all, because it ends the whole process on damaged JPEG; what only GDCM can decode goes
 # through SimpleITK, which holds the same code and turns its failures into errors.
@@ -127,8 +124,8 @@ class PixelReader:
         native = f"{_UID}.2" if self.file.big_endian else f"{_UID}.1"
         decoder = get_decoder(syntax if encapsulated else native)
         plugin = next((name for name in _PLUGINS if name in decoder.available_plugins), "") if encapsulated else ""
-        if syntax in _THROUGH_ITK and (layout.stored > 8 or syntax != _JPEG_EXTENDED):
-            values = _through_itk(frame, layout, syntax, self.file.name)
+        if syntax in LOSSLESS or (syntax == EXTENDED and layout.stored > 8):
+            values = decode_jpeg(frame, layout, syntax, self.file.name)
             if raw or layout.samples == 1 or layout.photometric == "RGB":
                 return values
             return convert_color_space(values, "YBR_FULL", "RGB")
@@ -243,7 +240,7 @@ def check_syntax(file: DicomFile) -> None:
             f"{file.name}: transfer syntax {printable_uid(syntax)} is not supported. "
             "Convert the file, for example to Explicit VR Little Endian."
         ) from fault
-    if syntax not in _THROUGH_ITK and not set(plugins) & set(_PLUGINS):
+    if syntax not in LOSSLESS and not set(plugins) & set(_PLUGINS):
         raise UnreadableScan(
             f"{file.name}: no decoder is installed for transfer syntax {syntax}. "
             "Run: pip install --upgrade medgen, which brings pylibjpeg, pyjpegls and Pillow."
@@ -263,65 +260,12 @@ def check_codestream(frame: bytes, layout: Layout, syntax: str, name: str) -> No
         if frame_bytes(layout) > 64 * len(frame):
             raise UnreadableScan(f"{name}: {len(frame)} run-length bytes cannot hold {frame_bytes(layout)}. Damaged.")
         return
-    size = _codestream_size(frame)
+    size = codestream_size(frame)
     if size != (layout.rows, layout.columns):
         found = f"{size[0]} x {size[1]}" if size else "none that can be told"
         raise UnreadableScan(
             f"{name}: the header says {layout.rows} x {layout.columns} pixels, the compressed picture has {found}."
         )
-
-
-def _codestream_size(frame: bytes) -> tuple[int, int] | None:
-    """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream states of itself."""
-    start = frame.find(b"\xff\x4f\xff\x51", 0, 4096)
-    if start >= 0 and len(frame) >= start + 24:
-        width, height, left, top = struct.unpack_from(">4I", frame, start + 8)
-        return height - top, width - left
-    at = 2 if frame[:2] == b"\xff\xd8" else len(frame)
-    while at + 9 <= len(frame):
-        if frame[at] != 0xFF:
-            return None
-        marker = frame[at + 1]
-        if marker == 0xF7 or (0xC0 <= marker <= 0xCF and marker not in (0xC4, 0xC8, 0xCC)):
-            return struct.unpack_from(">2H", frame, at + 5)
-        # A fill byte counts one; every other segment states its own length.
-        at += 1 if marker == 0xFF else 2 + struct.unpack_from(">H", frame, at + 2)[0]
-    return None
-
-
-def _through_itk(frame: bytes, layout: Layout, syntax: str, name: str) -> np.ndarray:
-    """Decode with SimpleITK, which reads files only: a bare one that describes nothing but the pixels."""
-    import SimpleITK
-    from pydicom.dataset import Dataset, FileMetaDataset
-    from pydicom.encaps import encapsulate
-    from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
-
-    bare = Dataset()
-    bare.file_meta = FileMetaDataset()
-    bare.file_meta.TransferSyntaxUID = syntax
-    bare.SOPClassUID, bare.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
-    bare.Rows, bare.Columns, bare.SamplesPerPixel = layout.rows, layout.columns, layout.samples
-    bare.BitsAllocated, bare.BitsStored, bare.HighBit = layout.allocated, layout.stored, layout.stored - 1
-    # Under these names no reader inverts or converts: the values come out as they are stored.
-    bare.PixelRepresentation = int(layout.signed)
-    bare.PhotometricInterpretation = "RGB" if layout.samples == 3 else "MONOCHROME2"
-    if layout.samples == 3:
-        bare.PlanarConfiguration = 0
-    bare.PixelData = encapsulate([frame])
-    with tempfile.TemporaryDirectory(prefix="medgen-") as folder:
-        path = Path(folder) / "frame.dcm"
-        bare.save_as(path, enforce_file_format=True)
-        reader = SimpleITK.ImageFileReader()
-        reader.SetFileName(str(path))
-        reader.SetImageIO("GDCMImageIO")
-        try:
-            values = SimpleITK.GetArrayFromImage(reader.Execute())
-        except RuntimeError as fault:
-            raise UnreadableScan(
-                f"{name}: the compressed pixel data cannot be decoded (transfer syntax {syntax}). "
-                "The file is damaged; copy or export it again."
-            ) from fault
-    return values.reshape((layout.rows, layout.columns, layout.samples)[: 2 if layout.samples == 1 else 3])
 
 
 def tidy(
