@@ -1,9 +1,13 @@
 """Fixtures that several test files share."""
 
 from collections.abc import Iterator
+import os
 from pathlib import Path
 
 import pytest
+
+# Tests run side by side, and tiny networks gain nothing from threads: two that wait for each other take ten times longer.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import config
 
 
@@ -18,7 +22,7 @@ def shared_data() -> Path:
 
 @pytest.fixture
 def unchecked_types() -> Iterator[None]:
-    """For tests that pass arguments of a wrong shape on purpose: the run-time checker would refuse them before medgen."""
+    """For tests that pass arguments of a wrong shape, which the run-time checker would refuse before medgen does."""
     config.update("jaxtyping_disable", True)
     yield
     config.update("jaxtyping_disable", False)

@@ -211,8 +211,10 @@ __all__ = [
     "Percentiles",
     "Recipe",
     "Respace",
+    "Step",
     "Window",
     "foreground",
     "foreground_box",
     "foreground_centre",
+    "foreground_level",
 ]

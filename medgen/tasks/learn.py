@@ -359,4 +359,4 @@ def cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-__all__ = ["Plan", "learn", "plan_training", "preview", "train"]
+__all__ = ["Plan", "cores", "learn", "plan_training", "preview", "train"]
