@@ -7,6 +7,7 @@ two places where the two meet.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 from jaxtyping import Float
@@ -78,7 +79,8 @@ class Grid:
     @property
     def spacing(self) -> tuple[float, float, float]:
         """Millimetres between voxel centres along i, j, k."""
-        return tuple(float(s) for s in np.linalg.norm(self.affine[:3, :3], axis=0))
+        i, j, k = np.linalg.norm(self.affine[:3, :3], axis=0).tolist()
+        return i, j, k
 
     @property
     def origin(self) -> Float[np.ndarray, "3"]:
@@ -191,7 +193,8 @@ class Grid:
             raise GeometryError(f"An axis order is a permutation of 0, 1, 2; found {tuple(order)}.")
         affine = self.affine.copy()
         affine[:3, :3] = self.affine[:3, list(order)]
-        return Grid(tuple(self.shape[n] for n in order), affine)
+        i, j, k = order
+        return Grid((self.shape[i], self.shape[j], self.shape[k]), affine)
 
     def reorient(self, axcodes: str) -> "Grid":
         """The same voxels with axes flipped and permuted to run nearest to `axcodes`, such as 'RAS'."""
@@ -229,9 +232,9 @@ class Grid:
         return cls(tuple(data["shape"]), np.asarray(data["affine"], dtype=np.float64))
 
 
-def _whole(numbers: Numbers) -> tuple[int, ...]:
-    """Python's integers for numpy's; what is no whole number stays, for Grid to refuse."""
-    return tuple(int(n) if n == int(n) else n for n in numbers)
+def _whole(numbers: Numbers) -> tuple[int, int, int]:
+    """Python's integers for numpy's; what is no shape stays as it is, for Grid to refuse."""
+    return cast("tuple[int, int, int]", tuple(int(n) if n == int(n) else n for n in numbers))
 
 
 __all__ = ["Grid", "Numbers"]

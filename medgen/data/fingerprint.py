@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
+from typing import Literal
 
 import numpy as np
 
@@ -107,16 +108,16 @@ def auto_recipe(found: Fingerprint, *, multiple: int, max_voxels: int) -> Recipe
         multiple: every axis of the result is a multiple of it (the model's stride).
         max_voxels: the result has at most about this many; coarser spacing makes it fit.
     """
-    return Recipe(steps=[*_geometry(found, multiple, max_voxels), _intensity(found)], outside=_outside(found))
+    return Recipe(steps=(*_geometry(found, multiple, max_voxels), _intensity(found)), outside=_outside(found))
 
 
 def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient | Respace | CropOrPad]:
     if found.planar:
         extent = np.asarray(found.lattice.shape if found.lattice else _pixels(found))
         factor = max(1.0, (prod(extent) / max_voxels) ** 0.5)
-        shape = (*[_up(n / factor, multiple) for n in extent[:2]], 1)
+        rows, columns = (_up(n / factor, multiple) for n in extent[:2].tolist())
         respace = [] if found.lattice and factor == 1 else [Respace(spacing=_scaled(found.spacing, factor))]
-        return [*respace, CropOrPad(shape=shape)]
+        return [*respace, CropOrPad(shape=(rows, columns, 1))]
     spacing = np.asarray(found.spacing)
     body = np.asarray(found.body)
     while prod(_up(n, multiple) for n in body / spacing) > max_voxels and spacing.max() < body.max():
@@ -124,10 +125,10 @@ def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient
     coarser = not np.allclose(spacing, found.spacing)
     if coarser:
         note(f"Scans are respaced to {', '.join(f'{s:.3g}' for s in spacing)} mm to fit {max_voxels:,} voxels.")
-    respace = [Respace(spacing=_scaled(spacing, 1))] if coarser or not found.lattice else []
-    shape = tuple(_up(n, multiple) for n in np.round(body / spacing, 3))
-    about = tuple(round(x, 3) for x in found.middle) if found.middle else "foreground"
-    return [Orient(axcodes="RAS"), *respace, CropOrPad(shape=shape, about=about)]
+    respace = [Respace(spacing=_scaled(spacing.tolist(), 1))] if coarser or not found.lattice else []
+    i, j, k = (_up(n, multiple) for n in np.round(body / spacing, 3).tolist())
+    about = found.middle and tuple(round(x, 3) for x in found.middle)
+    return [Orient(axcodes="RAS"), *respace, CropOrPad(shape=(i, j, k), about=about or "foreground")]
 
 
 def _intensity(found: Fingerprint) -> Window | Percentiles:
@@ -140,7 +141,7 @@ def _intensity(found: Fingerprint) -> Window | Percentiles:
     return Percentiles()
 
 
-def _outside(found: Fingerprint) -> float | str:
+def _outside(found: Fingerprint) -> float | Literal["lowest"]:
     return _AIR if found.unit == "HU" else "lowest"
 
 
@@ -149,7 +150,8 @@ def _pixels(found: Fingerprint) -> list[int]:
 
 
 def _scaled(spacing: Sequence[float], factor: float) -> tuple[float, float, float]:
-    return tuple(round(float(s) * factor, 4) for s in spacing)
+    i, j, k = (round(float(s) * factor, 4) for s in spacing)
+    return i, j, k
 
 
 def _up(n: float, multiple: int) -> int:

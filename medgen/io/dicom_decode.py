@@ -260,6 +260,9 @@ def check_codestream(frame: bytes, layout: Layout, syntax: str, name: str) -> No
         if frame_bytes(layout) > 64 * len(frame):
             raise UnreadableScan(f"{name}: {len(frame)} run-length bytes cannot hold {frame_bytes(layout)}. Damaged.")
         return
+    # A cut stream decodes slowly, or to a picture whose lower part was made up.
+    if b"\xff\xd9" not in frame[-64:]:
+        raise UnreadableScan(f"{name}: a compressed picture has no end. The file is truncated; copy it again.")
     size = codestream_size(frame)
     if size != (layout.rows, layout.columns):
         found = f"{size[0]} x {size[1]}" if size else "none that can be told"

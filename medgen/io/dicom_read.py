@@ -164,10 +164,7 @@ def _planar(file: DicomFile, options: ReadOptions) -> Stack:
 
 def _projected_spacing(file: DicomFile) -> tuple[float, float]:
     """Millimetres between rows and between columns of a picture that has no calibrated spacing."""
-    for keyword, what in (
-        ("ImagerPixelSpacing", "on the detector plane"),
-        ("NominalScannedPixelSpacing", "on the film"),
-    ):
+    for keyword, what in _PROJECTED:
         if spacing := file.elements.numbers(keyword, 2):
             if min(spacing) <= 0:
                 raise GeometryError(f"{file.name}: {keyword} must be positive; found {spacing}.")
@@ -185,7 +182,8 @@ def _header(files: list[DicomFile], stacked: Stack, options: ReadOptions) -> Hea
     colour = is_colour(files[0])
     paddings = set() if colour else {Padding.of(file) for file in files}
     padding = paddings.pop() if len(paddings) == 1 else None
-    one_scale = common_scale(stacked) is not None
+    # Once values were rescaled or interpolated, no single stored value marks what was not measured.
+    as_stored = common_scale(stacked) is not None and not stacked.at and stacked.target is None
     flat = stacked.target is None and stacked.grid.shape[2] == 1 and is_planar(files[0])
     header = Header(
         modality=first.code("Modality"),
@@ -194,7 +192,7 @@ def _header(files: list[DicomFile], stacked: Stack, options: ReadOptions) -> Hea
         photometric="RGB" if colour else files[0].layout.photometric,
         synthetic=any(file.elements.code("SyntheticData") == "YES" for file in files),
         lossy=any(file.elements.text("LossyImageCompression") == "01" or file.syntax in LOSSY for file in files),
-        padding=float(padding.value) if padding and one_scale else None,
+        padding=float(padding.value) if padding and as_stored else None,
         channels=_COLOURS if colour else stacked.channels,
     )
     return turned(header, files[0]) if is_flipped(files[0], common_scale(stacked), options) else header

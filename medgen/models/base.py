@@ -127,6 +127,16 @@ class Reconstructs(Protocol):
 
 
 @runtime_checkable
+class Restores(Protocol):
+    """Returns the nearest healthy twin of a scan."""
+
+    def restore(
+        self, x: Float[Tensor, "b c *space"], *, strength: float = 1.0, seed: int = 0, cond: Tensor | None = None
+    ) -> Float[Tensor, "b c *space"]:
+        """`x` without what the training scans do not have; `strength` 0 changes nothing but detail."""
+
+
+@runtime_checkable
 class BoundsDensity(Protocol):
     """Gives a lower bound of the log density."""
 
@@ -144,5 +154,6 @@ __all__ = [
     "ModelConfig",
     "Player",
     "Reconstructs",
+    "Restores",
     "Samples",
 ]

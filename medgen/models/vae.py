@@ -129,8 +129,8 @@ class VAE(Model):
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
-        """A VAE samples, encodes, decodes, reconstructs and bounds its density."""
-        return frozenset({"samples", "encodes", "decodes", "reconstructs", "bounds_density"})
+        """A VAE samples, encodes, decodes, reconstructs, restores and bounds its density."""
+        return frozenset({"samples", "encodes", "decodes", "reconstructs", "restores", "bounds_density"})
 
     @property
     def log_scale(self) -> Float[Tensor, " c"]:
@@ -214,13 +214,27 @@ class VAE(Model):
         return self.decode(self.encode(x, cond).mean, cond).mean
 
     @torch.no_grad()
+    def restore(
+        self, x: Float[Tensor, "b c *space"], *, strength: float = 1.0, seed: int = 0, cond: Tensor | None = None
+    ) -> Float[Tensor, "b c *space"]:
+        """The healthy twin: the scan decoded from what its code shares with the training scans' codes.
+
+        A code map can describe a lesion it has never seen; its projection onto the principal
+        components of the training codes cannot. Nothing is random here, so `seed` has no effect.
+        """
+        code = self.encode(x, cond).mean
+        healthy = self.field.projected(code, cond)
+        return self.decode(code + strength * (healthy - code), cond).mean
+
+    @torch.no_grad()
     def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
         """A lower bound of log p(x) in nats, at the posterior mean's reconstruction noise.
 
-        One sample of z drawn from q with a fixed seed per scan, so that evaluation is repeatable.
+        One sample of z drawn from q, with the same noise for every scan, so that evaluation is repeatable and
+        does not depend on a scan's place in the batch.
         """
         posterior = self.encode(x, cond)
-        noise = seeded_noise(tuple(posterior.mean.shape), seed=0).to(x.device)
+        noise = seeded_noise((1, *posterior.mean.shape[1:]), seed=0).to(x.device)
         z = posterior.mean + posterior.stddev * noise
         rate = kl_to_standard_normal(posterior).flatten(1).sum(1)
         return self.decode(z, cond).log_prob(x) - rate

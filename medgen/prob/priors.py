@@ -50,9 +50,9 @@ class CodeField(nn.Module):
             centred = (codes[chosen] - mean).flatten(1)
             pca = principal_components(centred, self.components.shape[1])
             # No more than the codes' own spread: weak components have theirs raised above the residual.
-            spread = (centred @ pca.directions.T).square().sum(0) / (len(centred) - 1)
+            spread = (centred @ pca.directions.T).square().sum(0) / max(1, len(centred) - 1)
             components = pca.directions * torch.minimum(spread, pca.variances).sqrt()[:, None]
-            left = (centred.square().sum(0) / (len(centred) - 1) - components.square().sum(0)).clamp(min=0)
+            left = (centred.square().sum(0) / max(1, len(centred) - 1) - components.square().sum(0)).clamp(min=0)
             self.mean[index] = codes[cond == index].mean(0) if (cond == index).any() else mean
             self.components[index] = components.reshape(-1, *self.code_shape)
             self.variance[index] = left.reshape(self.code_shape) + spreads[chosen].mean(0)
@@ -68,6 +68,19 @@ class CodeField(nn.Module):
         noise = seeded_noise((n, *self.code_shape), seed=derived_seed(seed, 2), first=first).to(device)
         varied = (weights.to(device).reshape(n, rank, *([1, *space] if space else [1])) * self.components[index]).sum(1)
         return self.mean[index] + varied + self.variance[index].sqrt() * noise
+
+    def projected(
+        self, codes: Float[Tensor, "n *code"], cond: Int[Tensor, " n"] | None = None
+    ) -> Float[Tensor, "n *code"]:
+        """The nearest codes that mix the training codes everywhere alike: mean plus whole components.
+
+        What belongs to one place only, such as a lesion, is in no component and goes.
+        """
+        index = torch.zeros(len(codes), dtype=torch.long) if cond is None else cond.cpu()
+        mean, basis = self.mean[index], self.components[index].flatten(2)
+        directions = basis / basis.norm(dim=2, keepdim=True).clamp(min=1e-8)
+        weights = torch.einsum("nrd,nd->nr", directions, (codes - mean).flatten(1))
+        return mean + torch.einsum("nr,nrd->nd", weights, directions).reshape(codes.shape)
 
 
 class PrincipalComponents(NamedTuple):

@@ -1,8 +1,7 @@
 """`medgen score`: one number and one map per scan: does it belong?
 
-The residual of a scan is 1 - SSIM between it and the model's reconstruction, at every voxel. The
-score is its mean; the p-value places the score among held-out healthy scans; the map shows how many
-healthy standard deviations the residual lies above the healthy mean at that place.
+The p-value places a scan's score among those of held-out healthy scans; the map shows how many healthy
+standard deviations it lies above the healthy mean at each place (see `medgen.tasks.detector`).
 """
 
 import csv
@@ -18,23 +17,17 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import ScanDataset, model_view
-from medgen.data.manifest import Manifest, index
-from medgen.data.recipe import Recipe
-from medgen.errors import BundleError, CapabilityError, DataError, MedgenError
+from medgen.data.dataset import model_view
+from medgen.data.manifest import index
+from medgen.errors import BundleError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
-from medgen.metrics.image import ssim_map
-from medgen.models import FAMILIES, family
 from medgen.models.base import Model
 from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
-from medgen.tasks.calibration import Normals, folded, mask_threshold, normals, normals_needed, p_value
+from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
+from medgen.tasks.detector import Detector
 from medgen.tasks.workspace import Workspace
-
-# Beyond this many volumes the spread at a voxel is known well enough.
-_MOST_MAPS = {2: 512, 3: 64}
-_WINDOW = 7
 
 
 @dataclass(frozen=True)
@@ -43,7 +36,7 @@ class Scored:
 
     Args:
         case: its name.
-        score: mean residual, 1 - SSIM, of the scan and its reconstruction.
+        score: how far the scan is from its healthy twin.
         unusual: distance of the score from the healthy scores' middle, in their spreads, either side.
         p: two-sided conformal p-value among held-out healthy scans; None with no calibration.
         flagged: p is at most the false-alarm rate asked for; None where it cannot be.
@@ -80,57 +73,6 @@ class Scores:
         return sum(bool(scan.error) for scan in self.scans)
 
 
-@torch.no_grad()
-def residual_map(model: Model, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Tensor:
-    """1 - SSIM of scans and their reconstructions at every voxel, (b, *space).
-
-    Raises:
-        CapabilityError: the model does not reconstruct.
-    """
-    require_reconstruction(model)
-    return (1 - ssim_map(x, model.reconstruct(x, cond).clamp(0, 1), window=_WINDOW))[:, 0]
-
-
-def require_reconstruction(model: Model) -> None:
-    """Refuse a model that cannot score anomalies, naming families that can.
-
-    Raises:
-        CapabilityError: the model does not reconstruct.
-    """
-    if "reconstructs" not in model.abilities(model.config):
-        kind = model.config.kind
-        able = [name for name in FAMILIES if "reconstructs" in family(name).abilities(model.config)]
-        raise CapabilityError(
-            f"{kind} cannot score anomalies: it does not reconstruct. Models that can: {', '.join(able)}."
-        )
-
-
-def calibrate(
-    model: Model, recipe: Recipe, healthy: Manifest, options: ReadOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What held-out healthy scans score, as plain numbers and tensors for the bundle."""
-    if "reconstructs" not in model.abilities(model.config) or not len(healthy):
-        return {}, {}
-    try:
-        data = ScanDataset(healthy, recipe, classes=model.config.classes, options=options)
-    except DataError:
-        return {}, {}
-    maps, scores = [], []
-    most = _MOST_MAPS[model.config.dims]
-    for batch in data.batches(8 if model.config.dims == 3 else 64):
-        residual = residual_map(model, batch.x, batch.cond)
-        scores += residual.flatten(1).mean(1).tolist()
-        maps.append(residual[: max(0, most - sum(map(len, maps)))].numpy())
-    learnt = normals(np.concatenate(maps)) if len(scores) > 1 else None
-    numbers = {"scores": scores, "scans": len(scores), "residual": "1 - SSIM", "window": _WINDOW}
-    if learnt is None:
-        return numbers, {}
-    return numbers | {"maxima": learnt.maxima.tolist()}, {
-        "mean": torch.from_numpy(learnt.mean),
-        "sd": torch.from_numpy(learnt.sd),
-    }
-
-
 def score(
     scans: str | Path,
     bundle: str | Path | Bundle,
@@ -164,7 +106,7 @@ def score(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
-    require_reconstruction(bundle.model)
+    detector = Detector.of(bundle)
     target = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     bundle.model.to(target)
     manifest = index(scans, options)
@@ -173,9 +115,10 @@ def score(
         note(sentence)
     settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "rate": rate, "maps": maps}
     work = Workspace(out, settings, force=force)
+    run = _Run(bundle, detector, work.folder, rate, maps, options)
     for row in track(manifest.rows, "Scoring"):
         if row.case not in work.done:
-            scored = _one(bundle, manifest.locate(row.path), row.case, row.label, work.folder, rate, maps, options)
+            scored = run.score(manifest.locate(row.path), row.case, row.label)
             if scored.error:
                 note(f"Skipped {row.case}: {scored.error}")
             work.record(row.case, asdict(scored))
@@ -202,58 +145,64 @@ def _limits(bundle: Bundle, rate: float) -> list[str]:
     return []
 
 
-def _one(
-    bundle: Bundle, path: str, case: str, label: str, folder: Path, rate: float, maps: bool, options: ReadOptions
-) -> Scored:
-    try:
-        source = io.read(path, options)
-        warnings = bundle.contract.check(source)
-        prepared = bundle.recipe(source)
-        warnings += _field_of_view(source, prepared)
-        cond = _cond(bundle.model, label)
-        x = torch.from_numpy(np.ascontiguousarray(model_view(prepared)))[None].to(bundle.model.template.device)
-        residual = residual_map(bundle.model, x, cond)[0].cpu().numpy()
-        scored = _numbers(bundle, case, float(residual.mean()), rate, tuple(warnings))
-        healthy = _normals(bundle)
-        if healthy is None:
-            return scored
-        z = healthy.z_map(residual).reshape(1, *prepared.grid.shape).astype(np.float32)
-        scored = replace(scored, z_max=round(float(z.max()), 3))
-        return _written(source, prepared, z, scored, healthy, folder, rate) if maps else scored
-    except MedgenError as error:
-        return Scored(case, error=str(error))
+@dataclass(frozen=True, eq=False)
+class _Run:
+    """What scoring one scan needs to know of the whole run."""
 
+    bundle: Bundle
+    detector: Detector
+    folder: Path
+    rate: float
+    maps: bool
+    options: ReadOptions
 
-def _numbers(bundle: Bundle, case: str, score: float, rate: float, warnings: tuple[str, ...]) -> Scored:
-    known = np.asarray(bundle.calibration.get("scores", []))
-    if len(known) < 2:
-        return Scored(case, score=score, warnings=warnings)
-    p = p_value(known, score)
-    flagged = bool(p <= rate + 1e-12) if len(known) >= normals_needed(rate) else None
-    return Scored(case, score, folded(known, score)[1], p, flagged, warnings=warnings)
+    def score(self, path: str, case: str, label: str) -> Scored:
+        """Score one scan and write its files; whatever is wrong with it becomes its `error`."""
+        try:
+            source = io.read(path, self.options)
+            warnings = self.bundle.contract.check(source)
+            prepared = self.bundle.recipe(source)
+            warnings += _field_of_view(source, prepared)
+            device = next(self.detector.model.parameters()).device
+            x = torch.from_numpy(np.ascontiguousarray(model_view(prepared)))[None].to(device)
+            score, z = self.detector(x, _cond(self.detector.model, label))
+            scored = self._placed(case, score, tuple(warnings))
+            if z is None:
+                return scored
+            scored = replace(scored, z_max=round(float(z.max()), 3))
+            return self._written(source, prepared, z, scored) if self.maps else scored
+        except MedgenError as error:
+            return Scored(case, error=str(error))
 
+    def _placed(self, case: str, score: float, warnings: tuple[str, ...]) -> Scored:
+        """The score among those of healthy scans."""
+        known = self.detector.scores
+        if len(known) < 2:
+            return Scored(case, score=score, warnings=warnings)
+        p = p_value(known, score)
+        flagged = bool(p <= self.rate + 1e-12) if len(known) >= normals_needed(self.rate) else None
+        return Scored(case, score, folded(known, score)[1], p, flagged, warnings=warnings)
 
-def _written(
-    source: Scan, prepared: Scan, z: np.ndarray, scored: Scored, healthy: Normals, folder: Path, rate: float
-) -> Scored:
-    """Put map, mask and picture on the source's grid into `folder`."""
-    header = Header(modality=source.header.modality, space=source.header.space, synthetic=source.header.synthetic)
-    on_source = Scan(z, prepared.grid, Scale(unit="z"), header).onto(source.grid, outside=float("nan"))
-    on_source = on_source.with_voxels(on_source.voxels.astype(np.float32))
-    (folder / "maps").mkdir(exist_ok=True)
-    (folder / "pictures").mkdir(exist_ok=True)
-    name = file_name(scored.case)
-    io.write(on_source, folder / "maps" / f"{name}_map.nii.gz")
-    threshold = mask_threshold(healthy.maxima, rate)
-    if threshold is not None:
-        marked = np.nan_to_num(on_source.voxels, nan=-np.inf) > threshold
-        mask = Scan(marked.astype(np.uint8), source.grid, Scale(), header, is_label=True)
-        io.write(mask, folder / "maps" / f"{name}_mask.nii.gz")
-        scored = replace(scored, mask_mm3=round(float(marked.sum()) * source.grid.voxel_volume, 3))
-    said = "no p-value" if scored.p is None else f"p = {scored.p:.3f}"
-    title = f"{scored.case}: score {scored.score:.4f}, {said}, highest z {scored.z_max:.1f}"
-    overlay(source, on_source, folder / "pictures" / f"{name}.png", title=title)
-    return scored
+    def _written(self, source: Scan, prepared: Scan, z: Float[np.ndarray, "*space"], scored: Scored) -> Scored:
+        """Put map, mask and picture on the source's grid."""
+        told = source.header
+        header = Header(modality=told.modality, space=told.space, synthetic=told.synthetic)
+        on_model = Scan(z.reshape(1, *prepared.grid.shape), prepared.grid, Scale(unit="z"), header)
+        on_source = on_model.onto(source.grid, outside=float("nan"))
+        for name in ("maps", "pictures"):
+            (self.folder / name).mkdir(exist_ok=True)
+        name = file_name(scored.case)
+        io.write(on_source, self.folder / "maps" / f"{name}_map.nii.gz")
+        threshold = mask_threshold(self.detector.normals.maxima, self.rate)
+        if threshold is not None:
+            marked = np.nan_to_num(on_source.voxels, nan=-np.inf) > threshold
+            mask = Scan(marked.astype(np.uint8), source.grid, Scale(), header, is_label=True)
+            io.write(mask, self.folder / "maps" / f"{name}_mask.nii.gz")
+            scored = replace(scored, mask_mm3=round(float(marked.sum()) * source.grid.voxel_volume, 3))
+        said = "no p-value" if scored.p is None else f"p = {scored.p:.3f}"
+        title = f"{scored.case}: score {scored.score:.4g}, {said}, highest z {scored.z_max:.1f}"
+        overlay(source, on_source, self.folder / "pictures" / f"{name}.png", title=title)
+        return scored
 
 
 def _field_of_view(source: Scan, prepared: Scan) -> list[str]:
@@ -277,13 +226,6 @@ def _cond(model: Model, label: str) -> Tensor | None:
     """The class index of a labelled scan; an unlabelled one is scored without a class."""
     classes = model.config.classes
     return torch.tensor([classes.index(label)]) if label in classes else None
-
-
-def _normals(bundle: Bundle) -> Normals | None:
-    if "mean" not in bundle.tensors:
-        return None
-    mean, sd = bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy()
-    return Normals(mean, sd, np.asarray(bundle.calibration["maxima"]))
 
 
 def file_name(case: str) -> str:
@@ -316,4 +258,4 @@ def _cell(value: Any) -> Any:
     return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
 
 
-__all__ = ["Scored", "Scores", "calibrate", "file_name", "require_reconstruction", "residual_map", "score"]
+__all__ = ["Scored", "Scores", "file_name", "score"]

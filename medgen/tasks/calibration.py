@@ -52,50 +52,60 @@ def mask_threshold(maxima: Float[np.ndarray, " n"], rate: float) -> float | None
     return float(np.sort(maxima)[rank - 1]) if rank <= len(maxima) else None
 
 
+# The share of a map's voxels, the highest ones, whose mean is its tail: a lesion fills little of a scan.
+_TAIL = 0.005
+
+
 @dataclass(frozen=True, eq=False)
 class Normals:
     """Mean and spread of healthy residual maps, and how high healthy z-maps reach.
 
     Args:
         mean: (*space) healthy residual at each voxel.
-        sd: (*space) its spread, at each voxel the larger of its own and its neighbourhood's.
+        sd: (*space) its spread, at each voxel at least its neighbourhood's.
         maxima: highest z of each healthy map, with mean and spread taken from the others.
+        tails: mean of the highest half per cent of each, likewise.
     """
 
     mean: Float[np.ndarray, "*space"]
     sd: Float[np.ndarray, "*space"]
     maxima: Float[np.ndarray, " n"]
+    tails: Float[np.ndarray, " n"]
 
     def z_map(self, residual: Float[np.ndarray, "*space"]) -> Float[np.ndarray, "*space"]:
         """How many healthy spreads a residual lies above the healthy mean."""
         return (residual - self.mean) / self.sd
 
 
+def tail_mean(z: Float[np.ndarray, "*space"]) -> float:
+    """Mean of the highest half per cent of a map."""
+    count = max(1, round(_TAIL * z.size))
+    return float(np.partition(z.ravel(), -count)[-count:].mean())
+
+
 def normals(residuals: Float[np.ndarray, "n *space"]) -> Normals:
-    """Learn what healthy residual maps look like; each map's own maximum leaves that map out."""
+    """Learn what healthy residual maps look like; each map's own maximum and tail leave that map out."""
     n = len(residuals)
     total, squares = residuals.sum(0, dtype=np.float64), np.square(residuals, dtype=np.float64).sum(0)
-
-    def spread(s: np.ndarray, q: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        mean = s / count
-        variance = np.maximum(q / count - mean**2, 0) * count / max(1, count - 1)
-        return mean, _shrunk(np.sqrt(variance))
-
-    maxima = []
+    maxima, tails = [], []
     for one in residuals:
-        mean, sd = spread(total - one, squares - np.square(one, dtype=np.float64), n - 1) if n > 2 else (total / n, 1.0)
-        maxima.append(float(((one - mean) / sd).max()))
-    mean, sd = spread(total, squares, n)
-    return Normals(mean.astype(np.float32), sd.astype(np.float32), np.asarray(maxima))
+        mean, sd = _mean_and_sd(total - one, squares - np.square(one, dtype=np.float64), n - 1)
+        z = (one - mean) / sd
+        maxima.append(float(z.max()))
+        tails.append(tail_mean(z))
+    mean, sd = _mean_and_sd(total, squares, n)
+    return Normals(mean.astype(np.float32), sd.astype(np.float32), np.asarray(maxima), np.asarray(tails))
 
 
-def _shrunk(sd: np.ndarray) -> np.ndarray:
-    """A voxel's spread from few scans is noisy: at least its neighbourhood's, and a tenth of the typical one."""
+def _mean_and_sd(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """From sums; the spread of few scans is noisy, so it is at least its neighbourhood's and never tiny."""
     from scipy.ndimage import gaussian_filter
 
+    mean = total / count
+    sd = np.sqrt(np.maximum(squares / count - mean**2, 0) * count / max(1, count - 1))
     near = gaussian_filter(sd, 1.5, mode="nearest")
     floor = 0.1 * float(np.sqrt(np.mean(sd**2))) + 1e-6
-    return np.maximum(np.maximum(0.5 * (sd + near), near), floor)
+    return mean, np.maximum(np.maximum(0.5 * (sd + near), near), floor)
 
 
-__all__ = ["Normals", "folded", "mask_threshold", "normals", "normals_needed", "p_value"]
+__all__ = ["Normals", "folded", "mask_threshold", "normals", "normals_needed", "p_value", "tail_mean"]

@@ -26,7 +26,7 @@ from medgen.models import build, family
 from medgen.models.base import Model, ModelConfig
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
-from medgen.tasks.anomaly import calibrate
+from medgen.tasks.detector import calibrate
 from medgen.tasks.workspace import Workspace
 from medgen.training.fit import FitConfig, fit, images_in
 
