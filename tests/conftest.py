@@ -1,14 +1,14 @@
 """Fixtures that several test files share."""
 
-from collections.abc import Iterator
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-
-# Tests run side by side, and tiny networks gain nothing from threads: two that wait for each other take ten times longer.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 from jaxtyping import config
+
+# Tests run side by side, and tiny networks gain nothing from threads that wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")
