@@ -199,6 +199,7 @@ class ScanDataset(Dataset):
     ) -> None:
         rows = [{"case": row.case, "path": manifest.locate(row.path), "label": row.label} for row in manifest.rows]
         prepare = Prepare(recipe, classes, options)
+        held: Dataset[dict[str, Any]]
         if cache is None:
             held = CacheDataset(rows, prepare, progress=False, num_workers=1, copy_cache=False)
         else:

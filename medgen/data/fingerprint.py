@@ -116,7 +116,7 @@ def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient
         extent = np.asarray(found.lattice.shape if found.lattice else _pixels(found))
         factor = max(1.0, (prod(extent) / max_voxels) ** 0.5)
         rows, columns = (_up(n / factor, multiple) for n in extent[:2].tolist())
-        respace = [] if found.lattice and factor == 1 else [Respace(spacing=_scaled(found.spacing, factor))]
+        respace = [] if found.lattice and factor == 1 else [Respace(spacing=_rounded([s * factor for s in found.spacing], 4))]
         return [*respace, CropOrPad(shape=(rows, columns, 1))]
     spacing = np.asarray(found.spacing)
     body = np.asarray(found.body)
@@ -125,10 +125,10 @@ def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient
     coarser = not np.allclose(spacing, found.spacing)
     if coarser:
         note(f"Scans are respaced to {', '.join(f'{s:.3g}' for s in spacing)} mm to fit {max_voxels:,} voxels.")
-    respace = [Respace(spacing=_scaled(spacing.tolist(), 1))] if coarser or not found.lattice else []
+    respace = [Respace(spacing=_rounded(spacing.tolist(), 4))] if coarser or not found.lattice else []
     i, j, k = (_up(n, multiple) for n in np.round(body / spacing, 3).tolist())
-    about = found.middle and tuple(round(x, 3) for x in found.middle)
-    return [Orient(axcodes="RAS"), *respace, CropOrPad(shape=(i, j, k), about=about or "foreground")]
+    about = _rounded(found.middle, 3) if found.middle else "foreground"
+    return [Orient(axcodes="RAS"), *respace, CropOrPad(shape=(i, j, k), about=about)]
 
 
 def _intensity(found: Fingerprint) -> Window | Percentiles:
@@ -149,9 +149,9 @@ def _pixels(found: Fingerprint) -> list[int]:
     return [max(1, round(b / s)) for b, s in zip(found.body, found.spacing, strict=True)]
 
 
-def _scaled(spacing: Sequence[float], factor: float) -> tuple[float, float, float]:
-    i, j, k = (round(float(s) * factor, 4) for s in spacing)
-    return i, j, k
+def _rounded(three: Sequence[float], digits: int) -> tuple[float, float, float]:
+    x, y, z = (round(float(n), digits) for n in three)
+    return x, y, z
 
 
 def _up(n: float, multiple: int) -> int:
