@@ -522,6 +522,21 @@ def test_compressed_pixels_of_another_size_than_the_header_says(tmp_path, syntax
         read(tmp_path)
 
 
+@pytest.mark.parametrize("syntax", [JPEGLSLossless, JPEG2000Lossless])
+def test_a_codestream_that_was_cut_is_not_filled_up(tmp_path, syntax):
+    """Cut inside its fragment, so that only the stream itself can tell."""
+    from pydicom.encaps import generate_frames
+
+    def edit(ds, k):
+        ds.compress(syntax)
+        (frame,) = generate_frames(ds.PixelData, number_of_frames=1)
+        ds.PixelData = encapsulate([frame[: len(frame) * 3 // 4]])
+
+    factory.series(tmp_path, hu=factory.hounsfield(1, 64, 80), edit=edit)
+    with pytest.raises(UnreadableScan, match=r"000\.dcm.*truncated"):
+        read(tmp_path)
+
+
 @pytest.mark.parametrize("syntax", [RLELossless, JPEGLSLossless, JPEG2000Lossless])
 def test_damaged_codestreams_give_a_typed_error_or_the_same_shape(tmp_path, syntax):
     truth = factory.series(tmp_path, hu=factory.hounsfield(1, 64, 80), edit=lambda ds, k: ds.compress(syntax))

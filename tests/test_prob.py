@@ -158,8 +158,8 @@ def test_the_elbo_is_the_exact_log_density_where_the_posterior_is_exact(linear_g
     truth = exact.log_prob(x.flatten(1))
     mean, error = average_bound(model, x[:12])
     assert bool(((mean - truth[:12]).abs() < 5 * error + 1e-3).all())
-    # Over many scans one draw each is enough.
-    assert float(model.elbo(x).mean()) == pytest.approx(float(truth.mean()), abs=0.3)
+    # One draw, the same for all scans, is a rougher estimate of the same bound.
+    assert float(model.elbo(x).mean()) == pytest.approx(float(truth.mean()), abs=2.0)
 
 
 @torch.no_grad()
@@ -206,7 +206,8 @@ def test_more_components_than_scans_are_filled_up_without_variance():
     assert found.directions.shape == (7, 40)
     assert bool(torch.isfinite(found.directions).all())
     assert bool((found.variances > 0).all())
-    # Two directions carry all there is.
+    # Two directions carry all there is; the others are none.
+    assert torch.equal(found.directions[2:], torch.zeros(5, 40, dtype=torch.float64))
     projected = rows @ found.directions[:2].T @ found.directions[:2]
     assert torch.allclose(projected, rows, atol=1e-8)
 

@@ -177,6 +177,13 @@ def model_view(scan: Scan) -> Float[np.ndarray, "c *space"]:
     return scan.voxels[..., 0] if scan.is_planar else scan.voxels
 
 
+def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> Dataset[dict[str, Any]]:
+    """Prepared scans by number, kept in memory or in a folder."""
+    if folder is None:
+        return CacheDataset(rows, prepare, progress=False, num_workers=1, copy_cache=False)
+    return PersistentDataset(rows, prepare, cache_dir=folder, hash_func=_content_key)
+
+
 class ScanDataset(Dataset):
     """Prepared scans in memory, or in `cache` when given; unreadable ones are left out and named.
 
@@ -198,13 +205,8 @@ class ScanDataset(Dataset):
         cache: Path | None = None,
     ) -> None:
         rows = [{"case": row.case, "path": manifest.locate(row.path), "label": row.label} for row in manifest.rows]
-        prepare = Prepare(recipe, classes, options)
-        held: Dataset[dict[str, Any]]
-        if cache is None:
-            held = CacheDataset(rows, prepare, progress=False, num_workers=1, copy_cache=False)
-        else:
-            folder = cache / hashlib.sha256(f"{recipe.model_dump_json()}{tuple(classes)}".encode()).hexdigest()[:16]
-            held = PersistentDataset(rows, prepare, cache_dir=folder, hash_func=_content_key)
+        key = hashlib.sha256(f"{recipe.model_dump_json()}{tuple(classes)}".encode()).hexdigest()[:16]
+        held = _held(rows, Prepare(recipe, classes, options), cache and cache / key)
         self.skipped: list[Skipped] = []
         self._items: list[int] = []
         for n in track(range(len(rows)), "Reading scans"):

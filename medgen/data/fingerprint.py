@@ -116,7 +116,9 @@ def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient
         extent = np.asarray(found.lattice.shape if found.lattice else _pixels(found))
         factor = max(1.0, (prod(extent) / max_voxels) ** 0.5)
         rows, columns = (_up(n / factor, multiple) for n in extent[:2].tolist())
-        respace = [] if found.lattice and factor == 1 else [Respace(spacing=_rounded([s * factor for s in found.spacing], 4))]
+        respace = (
+            [] if found.lattice and factor == 1 else [Respace(spacing=_rounded([s * factor for s in found.spacing], 4))]
+        )
         return [*respace, CropOrPad(shape=(rows, columns, 1))]
     spacing = np.asarray(found.spacing)
     body = np.asarray(found.body)

@@ -101,7 +101,9 @@ def principal_components(rows: Float[Tensor, "n d"], rank: int) -> PrincipalComp
     if n < width:
         values, vectors = torch.linalg.eigh((scaled @ scaled.T).double())
         kept = vectors.flip(1)[:, :rank].T.to(rows.dtype) @ scaled
-        directions = torch.nn.functional.normalize(kept, dim=1, eps=1e-20)
+        # What has no variance has no direction either, only rounding errors that would look like one.
+        told = values.flip(0)[:rank] > 1e-6 * values[-1]
+        directions = torch.nn.functional.normalize(kept, dim=1, eps=1e-20) * told[:, None].to(rows.dtype)
     else:
         values, vectors = torch.linalg.eigh((scaled.T @ scaled).double())
         directions = vectors.flip(1)[:, :rank].T.to(rows.dtype)

@@ -61,8 +61,8 @@ class Normals:
     """Mean and spread of healthy residual maps, and how high healthy z-maps reach.
 
     Args:
-        mean: (*space) healthy residual at each voxel.
-        sd: (*space) its spread, at each voxel at least its neighbourhood's.
+        mean: (*space) healthy residual at each voxel, the largest of its neighbourhood's.
+        sd: (*space) its spread, likewise.
         maxima: highest z of each healthy map, with mean and spread taken from the others.
         tails: mean of the highest half per cent of each, likewise.
     """
@@ -98,14 +98,18 @@ def normals(residuals: Float[np.ndarray, "n *space"]) -> Normals:
 
 
 def _mean_and_sd(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """From sums; the spread of few scans is noisy, so it is at least its neighbourhood's and never tiny."""
-    from scipy.ndimage import gaussian_filter
+    """From sums, the largest mean and spread nearby: anatomy is not aligned to the voxel.
+
+    A healthy edge may lie a voxel or two aside, so what is usual next door is not unusual here; and the
+    spread of few scans is noisy, so it is smoothed and never tiny.
+    """
+    from scipy.ndimage import gaussian_filter, maximum_filter
 
     mean = total / count
     sd = np.sqrt(np.maximum(squares / count - mean**2, 0) * count / max(1, count - 1))
-    near = gaussian_filter(sd, 1.5, mode="nearest")
     floor = 0.1 * float(np.sqrt(np.mean(sd**2))) + 1e-6
-    return mean, np.maximum(np.maximum(0.5 * (sd + near), near), floor)
+    near = maximum_filter(gaussian_filter(sd, 1.5, mode="nearest"), 5, mode="nearest")
+    return maximum_filter(mean, 3, mode="nearest"), np.maximum(near, floor)
 
 
 __all__ = ["Normals", "folded", "mask_threshold", "normals", "normals_needed", "p_value", "tail_mean"]
