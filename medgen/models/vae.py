@@ -141,7 +141,8 @@ class VAE(Model):
 
     def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Independent:
         """q(z | x), a factorised Gaussian over codes (b, latent, *positions)."""
-        linear = self.linear_in(to_blocks(x - self.template, self.scan_block))
+        mean = torch.sigmoid(self.template) if self.config.likelihood == "bernoulli" else self.template
+        linear = self.linear_in(to_blocks(x - mean, self.scan_block))
         learned = self.to_code(to_blocks(self.encoder(x, cond), self.feature_block))
         shift, log_scale = learned.float().movedim(-1, 1).chunk(2, dim=1)
         loc = linear.float().movedim(-1, 1) + shift
