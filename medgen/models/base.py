@@ -19,9 +19,10 @@ Ability = Literal[
 
 
 class ModelConfig(BaseModel):
-    """Fields every family has; a family adds its own `kind` and numbers.
+    """Fields every family has; a family fixes its `kind` and adds its own numbers.
 
     Args:
+        kind: name of the family, such as 'vae'.
         shape: voxels along each modelled axis: two for images, three for volumes.
         channels: values per voxel.
         classes: names of the classes to condition on; empty for an unconditional model.
@@ -29,6 +30,7 @@ class ModelConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
+    kind: str
     shape: tuple[int, ...] = Field(min_length=2, max_length=3)
     channels: int = Field(default=1, ge=1)
     classes: tuple[str, ...] = ()
@@ -100,6 +102,7 @@ class Samples(Protocol):
 
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
         """`n` scans; scan i depends on (seed, i) and its condition, never on n."""
+        ...
 
 
 @runtime_checkable
@@ -108,6 +111,7 @@ class Encodes(Protocol):
 
     def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Distribution:
         """q(z | x)."""
+        ...
 
 
 @runtime_checkable
@@ -116,6 +120,7 @@ class Decodes(Protocol):
 
     def decode(self, z: Tensor, cond: Tensor | None = None) -> Distribution:
         """p(x | z)."""
+        ...
 
 
 @runtime_checkable
@@ -124,6 +129,7 @@ class Reconstructs(Protocol):
 
     def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
         """The model's version of `x`, on the same grid."""
+        ...
 
 
 @runtime_checkable
@@ -134,6 +140,7 @@ class Restores(Protocol):
         self, x: Float[Tensor, "b c *space"], *, strength: float = 1.0, seed: int = 0, cond: Tensor | None = None
     ) -> Float[Tensor, "b c *space"]:
         """`x` without what the training scans do not have; `strength` 0 changes nothing but detail."""
+        ...
 
 
 @runtime_checkable
@@ -142,6 +149,7 @@ class BoundsDensity(Protocol):
 
     def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
         """A lower bound of log p(x), nats."""
+        ...
 
 
 __all__ = [

@@ -115,9 +115,8 @@ class VAE(Model):
         self.template = nn.Parameter(torch.zeros(1, config.channels, *config.shape))
         self.slow_log_scale = nn.Parameter(torch.zeros(config.channels))
         self.field = CodeField(config.code_shape, max(1, classes))
-        for last in (self.to_code, self.decoder.head[0]):
-            nn.init.zeros_(last.weight)
-            nn.init.zeros_(last.bias)
+        for parameter in (*self.to_code.parameters(), *self.decoder.head[0].parameters()):
+            nn.init.zeros_(parameter)
         channels_last(self, dims)
 
     @classmethod

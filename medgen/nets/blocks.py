@@ -7,9 +7,10 @@ from typing import Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.conv import _ConvNd
 
 
-class _FullPrecisionWhereSmall:
+class _FullPrecisionWhereSmall(_ConvNd):
     """Convolves in the weights' own precision where an axis is shorter than the kernel.
 
     There, oneDNN's bfloat16 weight gradient reads memory nobody wrote (torch 2.13 on CPUs with avx512_bf16), which
@@ -17,6 +18,7 @@ class _FullPrecisionWhereSmall:
     """
 
     def forward(self, x: Tensor) -> Tensor:
+        """Same as ever, in another precision."""
         if x.device.type != "cpu" or min(x.shape[2:]) >= max(self.kernel_size):
             return super().forward(x)
         with torch.autocast("cpu", enabled=False):
@@ -51,8 +53,8 @@ class Residual(nn.Module):
         self.inner = nn.Sequential(
             norm(width), nn.SiLU(), conv(dims, width, width), norm(width), nn.SiLU(), conv(dims, width, width)
         )
-        nn.init.zeros_(self.inner[-1].weight)
-        nn.init.zeros_(self.inner[-1].bias)
+        for parameter in self.inner[-1].parameters():
+            nn.init.zeros_(parameter)
 
     def forward(self, x: Float[Tensor, "b w *space"]) -> Float[Tensor, "b w *space"]:
         """Same shape out as in."""
@@ -202,11 +204,9 @@ def count_parameters(module: nn.Module) -> int:
 
 def channels_last(module: nn.Module, dims: int) -> nn.Module:
     """The module with convolution weights laid out channels last, which CPUs and GPUs convolve faster."""
-    layout = torch.channels_last if dims == 2 else torch.channels_last_3d
-    for part in module.modules():
-        if isinstance(part, nn.Conv2d | nn.Conv3d):
-            part.to(memory_format=layout)
-    return module
+    if dims == 2:
+        return nn.utils.convert_conv2d_weight_memory_format(module, torch.channels_last)
+    return nn.utils.convert_conv3d_weight_memory_format(module, torch.channels_last_3d)
 
 
 __all__ = [

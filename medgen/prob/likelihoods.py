@@ -25,8 +25,8 @@ class DiscretisedLogistic(Distribution):
         levels: grey values, 256 for 8 bit.
     """
 
-    arg_constraints = {"mean": constraints.real, "scale": constraints.positive}  # noqa: RUF012
-    support = constraints.unit_interval
+    arg_constraints = {"mean": constraints.real, "scale": constraints.positive}  # noqa: RUF012  # pyright: ignore[reportAssignmentType]
+    support = constraints.unit_interval  # pyright: ignore[reportAssignmentType]
 
     def __init__(self, mean: Tensor, scale: Tensor, levels: int = 256) -> None:
         self._mean, self.scale, self.levels = mean, scale.expand_as(mean), levels

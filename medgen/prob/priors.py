@@ -32,6 +32,10 @@ class CodeField(nn.Module):
         reach: standard deviation of the taper's kernel in code positions.
     """
 
+    mean: Tensor
+    components: Tensor
+    variance: Tensor
+
     def __init__(self, code_shape: tuple[int, ...], classes: int = 1, *, rank: int = 32, reach: float = 2.0) -> None:
         super().__init__()
         self.code_shape = tuple(code_shape)
@@ -64,7 +68,7 @@ class CodeField(nn.Module):
         rank, space = self.components.shape[1], self.code_shape[1:]
         weights = seeded_noise((n, rank, 1, *space), seed=derived_seed(seed, 1), first=first)
         for axis, smoother in enumerate(self._smoothers):
-            weights = torch.tensordot(weights, smoother, dims=([3 + axis], [1])).movedim(-1, 3 + axis)
+            weights = (weights.movedim(3 + axis, -1) @ smoother.T).movedim(-1, 3 + axis)
         noise = seeded_noise((n, *self.code_shape), seed=derived_seed(seed, 2), first=first).to(device)
         varied = (weights.to(device).reshape(n, rank, *([1, *space] if space else [1])) * self.components[index]).sum(1)
         return self.mean[index] + varied + self.variance[index].sqrt() * noise
