@@ -27,7 +27,7 @@ class Orient(Step):
     do: Literal["orient"] = "orient"
     axcodes: str = "RAS"
 
-    def place(self, grid: Grid, scan: Scan) -> Grid:
+    def place(self, grid: Grid, scan: Scan | None = None) -> Grid:
         """The grid after this step."""
         return grid.reorient(self.axcodes)
 
@@ -38,7 +38,7 @@ class Respace(Step):
     do: Literal["respace"] = "respace"
     spacing: tuple[float, float, float]
 
-    def place(self, grid: Grid, scan: Scan) -> Grid:
+    def place(self, grid: Grid, scan: Scan | None = None) -> Grid:
         """The grid after this step; spacing that agrees within 1 % stays, so that nothing is interpolated for it."""
         spacing = [
             old if abs(old / new - 1) < 0.01 else new for old, new in zip(grid.spacing, self.spacing, strict=True)
@@ -58,12 +58,14 @@ class CropOrPad(Step):
     shape: tuple[int, int, int]
     about: Literal["centre", "foreground"] | tuple[float, float, float] = "centre"
 
-    def place(self, grid: Grid, scan: Scan) -> Grid:
-        """The grid after this step, on the same lattice."""
-        if self.about == "centre":
+    def place(self, grid: Grid, scan: Scan | None = None) -> Grid:
+        """The grid after this step, on the same lattice; without a scan its foreground is taken to be in the middle."""
+        about = self.about
+        if about == "foreground" and scan is not None:
+            about = foreground_centre(scan)
+        if isinstance(about, str):
             return grid.centred(self.shape)
-        middle = foreground_centre(scan) if self.about == "foreground" else self.about
-        start = np.round(grid.index(middle) - (np.asarray(self.shape) - 1) / 2 - 1e-6).astype(int)
+        start = np.round(grid.index(about) - (np.asarray(self.shape) - 1) / 2 - 1e-6).astype(int)
         return grid.patch(start.tolist(), self.shape)
 
 
@@ -149,9 +151,12 @@ class Recipe(BaseModel):
         """The prepared scan: float32, on `grid(scan)`, its Scale leading back to physical values.
 
         Raises:
-            DataError: the scan is constant, so that no intensity range can be told.
+            DataError: the scan is constant, so that no intensity range can be told, or nothing of it was measured.
         """
-        lowest = float(np.nanmin(scan.physical())) if self.outside == "lowest" else self.outside
+        values = scan.physical()
+        if not np.isfinite(values).any():
+            raise DataError("No voxel of the scan was measured: all are padding or not a number. Leave it out.")
+        lowest = float(np.nanmin(values)) if self.outside == "lowest" else self.outside
         moved = scan.onto(self.grid(scan), outside=lowest)
         for step in self.steps:
             if isinstance(step, IntensityStep):
@@ -207,6 +212,7 @@ def foreground_centre(scan: Scan) -> Float[np.ndarray, "3"]:
 
 __all__ = [
     "CropOrPad",
+    "GeometryStep",
     "Orient",
     "Percentiles",
     "Recipe",

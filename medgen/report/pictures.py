@@ -60,7 +60,7 @@ def _sizes(scan: Scan) -> list[tuple[int, int]]:
     return [(max(1, round(w * scale)), max(1, round(h * scale))) for w, h in pairs]
 
 
-def _tile(gray: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Picture:
+def _tile(gray: Float[np.ndarray, "rows columns"], size: tuple[int, int]) -> Picture:
     picture = Image.fromarray((np.clip(gray, 0, 1) * 255).astype(np.uint8))
     return np.repeat(np.asarray(picture.resize(size, Image.Resampling.BICUBIC))[..., None], 3, axis=2)
 
@@ -118,7 +118,7 @@ def overlay(scan: Scan, z_map: Scan, path: Path, *, title: str) -> Path:
     """
     upright, upright_map = _upright(scan), _upright(z_map)
     z = upright_map.voxels[0]
-    at = np.unravel_index(int(np.nanargmax(np.nan_to_num(z, nan=-np.inf))), z.shape)
+    at = [int(n) for n in np.unravel_index(np.nan_to_num(z, nan=-np.inf).argmax(), z.shape)]
     sizes = _sizes(upright)
     plain = [_tile(v, s) for v, s in zip(views(upright, at), sizes, strict=True)]
     maps = planes(np.nan_to_num(z, nan=0.0), at, planar=scan.is_planar)
@@ -135,7 +135,7 @@ def overlay(scan: Scan, z_map: Scan, path: Path, *, title: str) -> Path:
     return _save(_captioned(_stack([body, bar]), [title, says, NOTICE]), path)
 
 
-def _coloured(tile: Picture, z: Float[np.ndarray, "h w"], size: tuple[int, int]) -> Picture:
+def _coloured(tile: Picture, z: Float[np.ndarray, "rows columns"], size: tuple[int, int]) -> Picture:
     """`tile` tinted from yellow to red where z is above the shown range's start."""
     resized = np.asarray(Image.fromarray(z.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     low, high = Z_SHOWN

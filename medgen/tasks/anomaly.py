@@ -193,7 +193,8 @@ class _Run:
             (self.folder / name).mkdir(exist_ok=True)
         name = file_name(scored.case)
         io.write(on_source, self.folder / "maps" / f"{name}_map.nii.gz")
-        threshold = mask_threshold(self.detector.normals.maxima, self.rate)
+        known = self.detector.normals
+        threshold = None if known is None else mask_threshold(known.maxima, self.rate)
         if threshold is not None:
             marked = np.nan_to_num(on_source.voxels, nan=-np.inf) > threshold
             mask = Scan(marked.astype(np.uint8), source.grid, Scale(), header, is_label=True)

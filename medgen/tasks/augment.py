@@ -8,7 +8,7 @@ import csv
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -23,6 +23,7 @@ from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
 from medgen.models import FAMILIES, family
+from medgen.models.base import Samples
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.tasks.anomaly import file_name
@@ -224,7 +225,7 @@ def _new_scan(
     bundle: Bundle, index: int, cond: Tensor | None, detector: CopyDetector | None, test: CopyTest | None, seed: int
 ) -> tuple[Tensor, int, float | None]:
     for draw in range(_MOST_DRAWS):
-        values = bundle.model.sample(1, seed=seed + index + 1_000_003 * draw, cond=cond)[0].clamp(0, 1)
+        values = cast(Samples, bundle.model).sample(1, seed=seed + index + 1_000_003 * draw, cond=cond)[0].clamp(0, 1)
         if detector is None or test is None:
             return values, draw + 1, None
         ratio = detector.nearest(values)[0]

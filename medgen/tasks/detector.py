@@ -9,7 +9,7 @@ The z-map says how many healthy standard deviations a residual lies above the he
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from medgen.errors import CapabilityError, DataError
 from medgen.io.source import ReadOptions
 from medgen.metrics.image import local_mean, ssim_map
 from medgen.models import FAMILIES, family
-from medgen.models.base import Model
+from medgen.models.base import Model, Reconstructs, Restores
 from medgen.tasks.calibration import Normals, normals, tail_mean
 
 # Windows in voxels; beyond so many maps the spread at a voxel is known well enough.
@@ -77,8 +77,10 @@ def residual_map(model: Model, x: Float[Tensor, "b c *space"], cond: Tensor | No
         CapabilityError: the model does not reconstruct.
     """
     require_reconstruction(model)
-    restores = "restores" in model.abilities(model.config)
-    twin = (model.restore(x, cond=cond) if restores else model.reconstruct(x, cond)).clamp(0, 1)
+    if "restores" in model.abilities(model.config):
+        twin = cast(Restores, model).restore(x, cond=cond).clamp(0, 1)
+    else:
+        twin = cast(Reconstructs, model).reconstruct(x, cond).clamp(0, 1)
     if x.ndim == 4:
         return (1 - ssim_map(x, twin, window=_SSIM_WINDOW))[:, 0]
     return local_mean((x - twin).abs(), _L1_WINDOW).mean(1)

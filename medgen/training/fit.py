@@ -96,7 +96,7 @@ def fit(
     except torch.OutOfMemoryError as error:
         raise TrainingError(
             f"Memory ran out with {config.batch_size} scans of {tuple(train[0]['x'].shape)} a step. "
-            "Pass a smaller --set fit.batch_size, or a smaller --max-voxels."
+            "Pass a smaller --set fit.batch_size, or a smaller --set max_voxels."
         ) from error
     return run.progress
 
@@ -157,7 +157,7 @@ class _Run:
                 clock = time.monotonic()
                 if self.folder and (interrupted.is_set() or clock - saved_at > 60):
                     done.seconds, started, saved_at = done.seconds + clock - started, clock, clock
-                    self._save()
+                    self._save(self.folder)
                 if interrupted.is_set():
                     note("Interrupted. Run the same command again to go on from here.")
                     raise KeyboardInterrupt
@@ -196,7 +196,7 @@ class _Run:
 
     def _validate(self, train_loss: float) -> None:
         done = self.progress
-        held = train_loss if self.val is None else self._held_out_loss()
+        held = train_loss if self.val is None else self._held_out_loss(self.val)
         done.history.append((done.seen, train_loss, held))
         if self.val is None or held < done.best:
             done.best, done.best_seen, done.stale = held, done.seen, 0
@@ -208,14 +208,14 @@ class _Run:
         done.finished = done.seen >= self.config.images or done.stale >= self.config.patience
 
     @torch.no_grad()
-    def _held_out_loss(self) -> float:
+    def _held_out_loss(self, val: ScanDataset) -> float:
         """Mean loss of the averaged weights on validation scans, with the same noise every time."""
         live = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
         self.model.load_state_dict(self.average.weights)
         self.model.eval()
         total = count = 0.0
         with _seeded(derived_seed(self.seed, _VALIDATION), self.fabric.device):
-            for batch in self.val.batches(self.config.batch_size):
+            for batch in val.batches(self.config.batch_size):
                 moved = batch.to(self.fabric.device)
                 loss = self.module(moved, self.players[0].name)
                 total += float(loss.total.sum()) / batch.x[0].numel()
@@ -225,7 +225,7 @@ class _Run:
 
     # -- resuming ------------------------------------------------------------------------------
 
-    def _save(self) -> None:
+    def _save(self, folder: Path) -> None:
         tensors: dict[str, Tensor] = {}
         for prefix, weights in (
             ("model", self.model.state_dict()),
@@ -236,7 +236,7 @@ class _Run:
         for player, optimizer in zip(self.players, self.optimizers, strict=True):
             tensors |= optimizer_tensors(optimizer.optimizer, f"optimizer.{player.name}")
         if self.fabric.is_global_zero:
-            save_state(self.folder, tensors, self.progress, self.facts)
+            save_state(folder, tensors, self.progress, self.facts)
 
     def _restore(self, tensors: dict[str, Tensor], saved: Progress) -> None:
         def part(prefix: str) -> dict[str, Tensor]:
@@ -259,11 +259,11 @@ class _Run:
 def fabric_for(device: str, precision: str, *, dims: int) -> Fabric:
     """The device and precision to compute with."""
     accelerator = {"cuda": "gpu"}.get(device, device)
-    chosen = {"float32": "32-true", "bfloat16": "bf16-mixed"}.get(precision)
-    if chosen is None:
-        chosen = "bf16-mixed" if dims == 3 and _native_bfloat16(device) else "32-true"
+    mixed = precision == "bfloat16" or (precision == "auto" and dims == 3 and _native_bfloat16(device))
     devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
-    fabric = Fabric(accelerator=accelerator, devices=1 if devices == 1 else devices, precision=chosen)
+    fabric = Fabric(
+        accelerator=accelerator, devices=1 if devices == 1 else devices, precision="bf16-mixed" if mixed else "32-true"
+    )
     fabric.launch()
     return fabric
 

@@ -64,7 +64,7 @@ def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], 
             "Repeat its settings to go on, or pass --force to start again."
         )
     progress = Progress(**saved["progress"])
-    progress.history = [tuple(entry) for entry in progress.history]
+    progress.history = [(seen, trained, held) for seen, trained, held in progress.history]
     return load_file(place / "tensors.safetensors"), progress
 
 
