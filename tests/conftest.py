@@ -10,6 +10,8 @@ from jaxtyping import config
 # Tests run side by side, and tiny networks gain nothing from threads that wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+pytest_plugins = ["worlds"]
+
 
 @pytest.fixture(scope="session")
 def shared_data() -> Path:
