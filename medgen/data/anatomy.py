@@ -28,10 +28,10 @@ from medgen.data.painting import (
 
 
 def warped(world: Points, rng: np.random.Generator) -> Points:
-    """Where each point of this person lies in the common anatomy: own size, own shape."""
-    size = 1 + rng.normal(0, [0.025, 0.025, 0.025])
+    """Where each point of this person lies in the common anatomy, after an affine registration that is never perfect."""
+    size = 1 + rng.normal(0, [0.012, 0.012, 0.012])
     centre = np.array([0.0, -18, 5])
-    bends = [2.2 * waves(world, rng, 5, (130, 300)) for _ in range(3)]
+    bends = [1.3 * waves(world, rng, 5, (130, 300)) for _ in range(3)]
     return (world - centre) / size + centre + np.stack(bends, -1)
 
 

@@ -179,8 +179,8 @@ def _blob(world: Points, lesion: Lesion) -> Field:
 # -- the sample data -----------------------------------------------------------------------------------
 
 _ILL = {
-    101: (Lesion((-28.0, 18.0, 36.0), 15.0, 60.0),),
-    102: (Lesion((30.0, -46.0, 30.0), 12.0, 215.0), Lesion((34.0, 26.0, 24.0), 9.0, 62.0)),
+    101: (Lesion((-28.0, 12.0, 34.0), 20.0, 50.0),),
+    102: (Lesion((30.0, -46.0, 30.0), 16.0, 225.0), Lesion((34.0, 26.0, 24.0), 13.0, 50.0)),
 }
 _NOBODY = "SYNTHETIC phantom, nobody's body"
 _README = """# Sample data: nobody's body
