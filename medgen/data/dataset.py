@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Float, Int
 from monai.data import CacheDataset, ImageReader, PersistentDataset
 from monai.transforms import Compose, RandAdjustContrast, RandAffine, RandFlip, RandGaussianNoise, Transform
+from monai.utils import convert_to_tensor
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
@@ -192,7 +193,7 @@ class ScanDataset(Dataset):
         recipe: how they become tensors.
         classes: labels in the order of their indices; empty for none.
         options: how strict reading is.
-        cache: a folder for prepared scans, reused while neither recipe nor file changes.
+        cache: a folder for prepared scans, reused while neither recipe, options nor file change.
     """
 
     def __init__(
@@ -205,7 +206,7 @@ class ScanDataset(Dataset):
         cache: Path | None = None,
     ) -> None:
         rows = [{"case": row.case, "path": manifest.locate(row.path), "label": row.label} for row in manifest.rows]
-        key = hashlib.sha256(f"{recipe.model_dump_json()}{tuple(classes)}".encode()).hexdigest()[:16]
+        key = hashlib.sha256(f"{recipe.model_dump_json()}{tuple(classes)}{options}".encode()).hexdigest()[:16]
         held = _held(rows, Prepare(recipe, classes, options), cache and cache / key)
         self.skipped: list[Skipped] = []
         self._items: list[int] = []
@@ -261,7 +262,8 @@ class Draws(Dataset):
         item = dict(self._dataset[int(order[place])])
         if self._augment:
             self._augment.set_random_state(seed=derived_seed(self._seed, 2, draw) % 2**32)
-            item["x"] = torch.as_tensor(self._augment(item["x"])).float()
+            # Out comes MONAI's tensor with metadata, which nothing here needs and every later operation would copy.
+            item["x"] = convert_to_tensor(self._augment(item["x"]), dtype=torch.float32, track_meta=False)
         return item
 
 
