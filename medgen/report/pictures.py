@@ -16,12 +16,12 @@ Z_SHOWN = (3.0, 10.0)
 _BACKGROUND, _INK = 16, (225, 225, 225)
 _TALL = 160
 
-Picture = UInt8[np.ndarray, "h w 3"]
+Picture = UInt8[np.ndarray, "_ _ 3"]
 
 
 def views(
     scan: Scan, at: Sequence[int] | None = None, *, window: tuple[float, float] | None = None
-) -> list[Float[np.ndarray, "h w"]]:
+) -> list[Float[np.ndarray, "_ _"]]:
     """Axial, coronal and sagittal planes through voxel `at` (an image: itself), in [0, 1], top up.
 
     The scan is turned to RAS; patient right is on the left of the picture, as radiologists look.
@@ -34,7 +34,7 @@ def views(
 
 def planes(
     values: Float[np.ndarray, "i j k"], at: Sequence[int] | None = None, *, planar: bool
-) -> list[Float[np.ndarray, "h w"]]:
+) -> list[Float[np.ndarray, "_ _"]]:
     """The planes that `views` shows, of any array on an RAS grid."""
     if planar:
         return [values[:, :, 0].T]
@@ -60,7 +60,7 @@ def _sizes(scan: Scan) -> list[tuple[int, int]]:
     return [(max(1, round(w * scale)), max(1, round(h * scale))) for w, h in pairs]
 
 
-def _tile(gray: Float[np.ndarray, "rows columns"], size: tuple[int, int]) -> Picture:
+def _tile(gray: Float[np.ndarray, "_ _"], size: tuple[int, int]) -> Picture:
     picture = Image.fromarray((np.clip(gray, 0, 1) * 255).astype(np.uint8))
     return np.repeat(np.asarray(picture.resize(size, Image.Resampling.BICUBIC))[..., None], 3, axis=2)
 
@@ -135,7 +135,7 @@ def overlay(scan: Scan, z_map: Scan, path: Path, *, title: str) -> Path:
     return _save(_captioned(_stack([body, bar]), [title, says, NOTICE]), path)
 
 
-def _coloured(tile: Picture, z: Float[np.ndarray, "rows columns"], size: tuple[int, int]) -> Picture:
+def _coloured(tile: Picture, z: Float[np.ndarray, "_ _"], size: tuple[int, int]) -> Picture:
     """`tile` tinted from yellow to red where z is above the shown range's start."""
     resized = np.asarray(Image.fromarray(z.astype(np.float32)).resize(size, Image.Resampling.BILINEAR))
     low, high = Z_SHOWN
