@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from medgen.errors import MedgenError
     from medgen.grid import Grid
     from medgen.io import find, read, write
+    from medgen.io.source import ReadOptions
     from medgen.scan import Header, Scale, Scan
     from medgen.tasks.anomaly import score
     from medgen.tasks.augment import augment
@@ -32,6 +33,7 @@ _HOME = {
     "Header": "medgen.scan",
     "Manifest": "medgen.data.manifest",
     "MedgenError": "medgen.errors",
+    "ReadOptions": "medgen.io.source",
     "Recipe": "medgen.data.recipe",
     "Scale": "medgen.scan",
     "Scan": "medgen.scan",
@@ -64,6 +66,7 @@ __all__ = [
     "Header",
     "Manifest",
     "MedgenError",
+    "ReadOptions",
     "Recipe",
     "Scale",
     "Scan",
