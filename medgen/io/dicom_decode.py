@@ -7,6 +7,7 @@ file, the number of frames against the fragments, a codestream's own width and h
 import struct
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Integer, Shaped
@@ -82,7 +83,7 @@ class PixelReader:
         else:
             with self.file.path.open("rb", buffering=0) as stream:
                 stream.seek(self.layout.offset + index * out.nbytes)
-                if stream.readinto(memoryview(out).cast("B")) != out.nbytes:
+                if stream.readinto(out.data.cast("B")) != out.nbytes:
                     raise UnreadableScan(f"{self.file.name}: truncated. Copy or export it again.")
             if self.file.big_endian:
                 out.byteswap(inplace=True)
@@ -129,24 +130,23 @@ class PixelReader:
             if raw or layout.samples == 1 or layout.photometric == "RGB":
                 return values
             return convert_color_space(values, "YBR_FULL", "RGB")
-        options = {"planar_configuration": layout.planar} if layout.samples > 1 else {}
+        options: dict[str, Any] = {
+            "rows": layout.rows,
+            "columns": layout.columns,
+            "number_of_frames": 1,
+            "samples_per_pixel": layout.samples,
+            "bits_allocated": layout.allocated,
+            "bits_stored": layout.stored,
+            "pixel_representation": int(layout.signed),
+            "photometric_interpretation": layout.photometric,
+            "pixel_keyword": "PixelData",
+        }
+        if layout.samples > 1:
+            options["planar_configuration"] = layout.planar
+        content = encapsulate([frame], has_bot=False) if encapsulated else frame
         try:
             with quiet():
-                values, _ = decoder.as_array(
-                    encapsulate([frame], has_bot=False) if encapsulated else frame,
-                    raw=raw,
-                    decoding_plugin=plugin,
-                    rows=layout.rows,
-                    columns=layout.columns,
-                    number_of_frames=1,
-                    samples_per_pixel=layout.samples,
-                    bits_allocated=layout.allocated,
-                    bits_stored=layout.stored,
-                    pixel_representation=int(layout.signed),
-                    photometric_interpretation=layout.photometric,
-                    pixel_keyword="PixelData",
-                    **options,
-                )
+                values, _ = decoder.as_array(content, raw=raw, decoding_plugin=plugin, **options)
         except _DECODER_FAULTS as fault:
             raise UnreadableScan(
                 f"{self.file.name}: the compressed pixel data cannot be decoded (transfer syntax {syntax}). "
@@ -285,15 +285,16 @@ def tidy(
     low, high = (
         (-(1 << layout.stored - 1), (1 << layout.stored - 1) - 1) if layout.signed else (0, (1 << layout.stored) - 1)
     )
-    inside = padding is not None and low <= padding.low and padding.high <= high
     # Padding that does not fit the bits in use can only be seen while the unused bits are still there.
-    before = None if padding is None or inside else _between(stored, padding)
+    outside = padding is not None and not (low <= padding.low and padding.high <= high)
+    found = _between(stored, padding) if padding is not None and outside else None
     if spare and layout.signed:
         np.left_shift(stored, spare, out=stored)
         np.right_shift(stored, spare, out=stored)
     elif spare:
         np.bitwise_and(stored, stored.dtype.type(high), out=stored)
-    found = _between(stored, padding) if inside else before
+    if padding is not None and not outside:
+        found = _between(stored, padding)
     return found if found is not None and found.any() else None
 
 

@@ -77,7 +77,7 @@ _KEYWORDS = (
     "SegmentedGreenPaletteColorLookupTableData",
     "SegmentedBluePaletteColorLookupTableData",
 )
-WANTED = [BaseTag(tag_for_keyword(keyword)) for keyword in _KEYWORDS]
+WANTED: list[BaseTag | int] = [BaseTag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS]
 _BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 # What pydicom raises on hostile or damaged bytes, as found by feeding it such.
 PARSE_FAULTS = (
@@ -101,7 +101,7 @@ def printable_uid(uid: str) -> str:
 
 @cache
 def _tag(keyword: str) -> int:
-    return int(tag_for_keyword(keyword))
+    return int(tag_for_keyword(keyword) or 0)
 
 
 class Elements:

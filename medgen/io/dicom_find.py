@@ -17,7 +17,6 @@ from medgen.io.dicom_file import DicomFile, open_file
 from medgen.io.dicom_frames import is_planar
 from medgen.io.source import ReadOptions, Skipped, Source
 
-T = TypeVar("T")
 _GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")
 
 
@@ -30,11 +29,14 @@ class _Entry:
     patient: str
     modality: str
     alone: bool
-    localizer: bool
+    is_localizer: bool
     form: str
     position: tuple[float, ...]
     axes: tuple[float, ...]
     cut: bool
+
+
+T = TypeVar("T", _Entry, DicomFile)
 
 
 def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> tuple[list[Source], list[Skipped]]:
@@ -73,7 +75,7 @@ def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> 
             series[home].append(entry)
     groups: list[tuple[str, list[_Entry]]] = []
     for identifier, members in series.items():
-        kept, scouts = without_localizers(members, [entry.localizer for entry in members])
+        kept, scouts = without_localizers(members)
         skipped += [Skipped(str(entry.path), "a localizer inside a series of other slices") for entry in scouts]
         groups += _groups(identifier, kept)
     return _sources(groups), skipped
@@ -89,13 +91,13 @@ def why_not(file: DicomFile) -> str:
     return ""
 
 
-def without_localizers(items: list[T], are_scouts: list[bool]) -> tuple[list[T], list[T]]:
-    """The items, and apart from them the scouts that lie among other slices."""
-    if all(are_scouts) or not any(are_scouts):
-        return items, []
-    scouts = [item for item, is_scout in zip(items, are_scouts, strict=True) if is_scout]
-    log.note(f"{len(scouts)} localizers were left out of a series of {len(items)} files: {scouts[0].path.name}, ...")
-    return [item for item, is_scout in zip(items, are_scouts, strict=True) if not is_scout], scouts
+def without_localizers(files: list[T]) -> tuple[list[T], list[T]]:
+    """The files, and apart from them the scouts that lie among other slices."""
+    scouts = [file for file in files if file.is_localizer]
+    if not scouts or len(scouts) == len(files):
+        return files, []
+    log.note(f"{len(scouts)} localizers were left out of a series of {len(files)} files: {scouts[0].path.name}, ...")
+    return [file for file in files if not file.is_localizer], scouts
 
 
 def _entry(file: DicomFile) -> _Entry:
@@ -108,7 +110,7 @@ def _entry(file: DicomFile) -> _Entry:
         patient=file.patient,
         modality=elements.code("Modality"),
         alone=max(_lenient(elements, "NumberOfFrames") or (1,)) > 1 or is_planar(file),
-        localizer=file.is_localizer,
+        is_localizer=file.is_localizer,
         form=f"{elements.text('FrameOfReferenceUID')} {size} {[round(n, 2) + 0.0 for n in axes]}",
         position=_place(elements, "PlanePositionSequence", "ImagePositionPatient"),
         axes=axes,
@@ -143,7 +145,7 @@ def _groups(series: str, entries: list[_Entry]) -> list[tuple[str, list[_Entry]]
         key = series
         if entry.alone:
             key += f" {entry.path}"
-        elif entry.localizer:
+        elif entry.is_localizer:
             key += f" {entry.form}"
         # All other slices stay together whatever their form: if they disagree, reading says so.
         apart[key].append(entry)

@@ -66,16 +66,17 @@ class Rescale:
 
 @dataclass(frozen=True)
 class Frame:
-    """One picture in one file; `position` and `orientation` in LPS+ millimetres, None where not stated.
+    """One picture in one file; `position` and `orientation` in LPS+ millimetres, empty where not stated.
 
-    `spacing` is (between rows, between columns), `keys` the values by which repeated slices may be told apart.
+    `spacing` is (between rows, between columns), empty where not stated; `keys` are the values by which repeated slices
+    may be told apart.
     """
 
     file: DicomFile
     index: int
-    position: np.ndarray | None
-    orientation: np.ndarray | None
-    spacing: tuple[float, float] | None
+    position: np.ndarray
+    orientation: np.ndarray
+    spacing: tuple[float, ...]
     thickness: float | None
     rescale: Rescale
     keys: dict[str, float | str] = field(default_factory=dict)
@@ -144,9 +145,9 @@ def _frame(file: DicomFile, index: int, groups: list[Elements], options: ReadOpt
     return Frame(
         file=file,
         index=index,
-        position=np.array(position) if position else None,
-        orientation=np.array(orientation) if orientation else None,
-        spacing=(spacing[0], spacing[1]) if spacing else None,
+        position=np.array(position),
+        orientation=np.array(orientation),
+        spacing=spacing,
         thickness=measures.number("SliceThickness"),
         rescale=_rescale(file, groups, options),
         keys=_keys(file, groups),
@@ -229,16 +230,15 @@ def _real_world(file: DicomFile, groups: list[Elements]) -> Rescale:
     item = linear[0]
     units = item.items("MeasurementUnitsCodeSequence")
     unit = units[0].text("CodeValue")[:16] if units else ""
-    ends = [_stored_number(file, item.raw(f"RealWorldValue{end}ValueMapped")) for end in ("First", "Last")]
-    mapped = None if None in ends else (ends[0], ends[1])
-    slope, intercept = item.number("RealWorldValueSlope"), item.number("RealWorldValueIntercept") or 0.0
+    first, last = (item.raw(f"RealWorldValue{end}ValueMapped") for end in ("First", "Last"))
+    both = len(first) == 2 and len(last) == 2
+    mapped = (_stored_number(file, first), _stored_number(file, last)) if both else None
+    slope, intercept = item.numbers("RealWorldValueSlope")[0], item.number("RealWorldValueIntercept") or 0.0
     return Rescale(slope, intercept, unit, mapped=mapped)
 
 
-def _stored_number(file: DicomFile, raw: bytes) -> float | None:
+def _stored_number(file: DicomFile, raw: bytes) -> float:
     """A stored pixel value in a header: two bytes, with the sign and byte order of the pixels."""
-    if len(raw) != 2:
-        return None
     return float(np.frombuffer(raw, f"{'>' if file.big_endian else '<'}{'i' if file.layout.signed else 'u'}2")[0])
 
 

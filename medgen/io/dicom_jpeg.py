@@ -69,7 +69,8 @@ def _require(condition: bool, what: str) -> None:
 def _check(frame: bytes, layout: Layout, *, lossless: bool) -> None:
     """Walk the segments up to the one scan, then make sure that nothing but coded data and the end follow."""
     _require(frame[:2] == b"\xff\xd8", "no beginning")
-    at, components = 2, None
+    at = 2
+    components: list[int] = []
     tables: set[int] = set()
     while True:
         _require(at + 4 <= len(frame) and frame[at] == 0xFF, "a segment is cut off")
@@ -80,10 +81,10 @@ def _check(frame: bytes, layout: Layout, *, lossless: bool) -> None:
         if marker == 0xC4:
             tables |= _huffman(body, lossless=lossless)
         elif marker == (0xC3 if lossless else 0xC1):
-            _require(components is None, "two frame headers")
+            _require(not components, "two frame headers")
             components = _frame_header(body, layout)
         elif marker == 0xDA:
-            _require(components is not None, "no frame header")
+            _require(bool(components), "no frame header")
             _scan_header(body, components, tables, lossless=lossless)
             break
         else:
@@ -159,11 +160,11 @@ def _through_itk(frame: bytes, layout: Layout, syntax: str, name: str) -> np.nda
     import SimpleITK
     from pydicom.dataset import Dataset, FileMetaDataset
     from pydicom.encaps import encapsulate
-    from pydicom.uid import SecondaryCaptureImageStorage, generate_uid
+    from pydicom.uid import UID, SecondaryCaptureImageStorage, generate_uid
 
     bare = Dataset()
     bare.file_meta = FileMetaDataset()
-    bare.file_meta.TransferSyntaxUID = syntax
+    bare.file_meta.TransferSyntaxUID = UID(syntax)
     bare.SOPClassUID, bare.SOPInstanceUID = SecondaryCaptureImageStorage, generate_uid()
     bare.Rows, bare.Columns, bare.SamplesPerPixel = layout.rows, layout.columns, layout.samples
     bare.BitsAllocated, bare.BitsStored, bare.HighBit = layout.allocated, layout.stored, layout.stored - 1

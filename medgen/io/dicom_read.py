@@ -87,7 +87,7 @@ def _opened(source: Source, options: ReadOptions) -> list[DicomFile]:
     for file in files:
         if reason := why_not(file):
             raise UnreadableScan(f"{file.name}: {reason}.")
-    files, _ = without_localizers(files, [file.is_localizer for file in files])
+    files, _ = without_localizers(files)
     total = 0
     for file in files:
         total += file.layout.voxels

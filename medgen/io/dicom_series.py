@@ -96,7 +96,7 @@ def _agree(frames: Sequence[Frame], where: str) -> None:
             ("ImageOrientationPatient", frame.orientation),
             ("PixelSpacing", frame.spacing),
         ):
-            if value is None:
+            if len(value) == 0:
                 raise GeometryError(
                     f"{where}: {frame.name} has no {what}, so nobody can tell where it lies. "
                     "Export the series again with its geometry, or convert it with the vendor's tool."
@@ -358,8 +358,9 @@ def rectangular(grid: Grid) -> Grid:
     # How far the last slice is shifted within the plane, in voxels along i and j.
     shift = np.linalg.inv(straight[:3, :3]) @ (step * (grid.shape[2] - 1))
     low, high = np.floor(np.minimum(shift[:2], 0) + 1e-6), np.ceil(np.maximum(shift[:2], 0) - 1e-6)
-    shape = [int(n + b - a) for n, a, b in zip(grid.shape[:2], low, high, strict=True)]
-    return Grid((*shape, grid.shape[2]), straight).patch((*low, 0), (*shape, grid.shape[2]))
+    across_count, down_count = (int(n + b - a) for n, a, b in zip(grid.shape[:2], low, high, strict=True))
+    shape = (across_count, down_count, grid.shape[2])
+    return Grid(shape, straight).patch((*low, 0), shape)
 
 
 __all__ = ["Stack", "rectangular", "stack"]

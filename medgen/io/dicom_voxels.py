@@ -115,11 +115,11 @@ def interpolated(
     shape = (values.shape[0], len(at), *values.shape[2:])
     out = np.empty(shape, np.float32)
     unknown = None if padded is None else np.empty((len(at), *padded.shape[1:]), bool)
-    for k, place in enumerate(at):
+    for k, place in enumerate(np.round(at, 6)):
         low = min(int(place), values.shape[1] - 1)
         high, part = min(low + 1, values.shape[1] - 1), np.float32(place - low)
         out[:, k] = values[:, low] * (1 - part) + values[:, high] * part
-        if unknown is not None:
+        if padded is not None and unknown is not None:
             unknown[k] = (padded[low] & (part < 1)) | (padded[high] & (part > 0))
     return out, unknown
 
