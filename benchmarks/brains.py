@@ -66,7 +66,7 @@ def one_fold(files: dict[str, Path], held: list[str], minutes: float, seed: int)
         medgen.train(listed, Path(work) / "model", minutes=minutes, seed=seed)
         took = (time.monotonic() - started) / 60
         bundle = Bundle.load(Path(work) / "model")
-    prepared = {s: model_view(bundle.recipe(io.read(path))) for s, path in files.items()}
+    prepared = {s: model_view(bundle.recipe(io.read(path))).numpy() for s, path in files.items()}
     train = np.concatenate([prepared[s] for s in rest])
     test = np.concatenate([prepared[s] for s in held])
     mask = (train > 0).mean(0) > 0.5

@@ -18,7 +18,7 @@ from medgen.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data_samples/*.md")])
-SMALL = ["fit.images=8", "model.width=8", "max_voxels=4000"]
+SMALL = ["fit.images=8", "model.width=8", "max_voxels=8000"]
 
 
 def blocks(text: str, language: str) -> list[str]:
@@ -74,6 +74,7 @@ def test_continuous_integration_runs_what_the_pages_say():
     assert all(" ".join(line.split()[:2]) in hooks for line in checks.splitlines()[:3])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("block", [b for b in blocks(README, "bash") if "medgen " in b and "pytest" not in b])
 def test_every_command_of_the_readme_works(block, bench, monkeypatch, capsys):
     monkeypatch.chdir(bench)

@@ -167,22 +167,15 @@ class Prepare(Transform):
         return {
             "case": row["case"],
             "path": row["path"],
-            "x": torch.from_numpy(np.ascontiguousarray(model_view(scan))),
+            "x": model_view(scan).contiguous(),
             "cond": self.classes.index(row["label"]) if self.classes else -1,
             "scale": torch.tensor([scan.scale.slope, scan.scale.intercept], dtype=torch.float64),
         }
 
 
-def model_view(scan: Scan) -> Float[np.ndarray, "c *space"]:
-    """The voxels as a model sees them: an image loses its singleton axis."""
-    return scan.voxels[..., 0] if scan.is_planar else scan.voxels
-
-
-def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> Dataset[dict[str, Any]]:
-    """Prepared scans by number, kept in memory or in a folder."""
-    if folder is None:
-        return CacheDataset(rows, prepare, progress=False, num_workers=1, copy_cache=False)
-    return PersistentDataset(rows, prepare, cache_dir=folder, hash_func=_content_key)
+def model_view(scan: Scan) -> Float[Tensor, "c *space"]:
+    """A copy of the voxels as a model sees them: an image loses its singleton axis."""
+    return torch.tensor(scan.voxels[..., 0] if scan.is_planar else scan.voxels)
 
 
 class ScanDataset(Dataset):

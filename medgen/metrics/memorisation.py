@@ -205,7 +205,7 @@ def _owners(train: Tensor, patients: Sequence[str]) -> Int[Tensor, " n"]:
     return torch.tensor([names.index(merged[patient]) for patient in patients])
 
 
-def _small(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *space"]:
+def _small(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *smaller"]:
     """Averaged down to at most `_EDGE` voxels along an axis."""
     factor = max(1, -(-max(scans.shape[2:]) // _EDGE))
     pool = functional.avg_pool2d if scans.ndim == 4 else functional.avg_pool3d

@@ -164,7 +164,7 @@ class _Run:
             prepared = self.bundle.recipe(source)
             warnings += _field_of_view(source, prepared)
             device = next(self.detector.model.parameters()).device
-            x = torch.from_numpy(np.ascontiguousarray(model_view(prepared)))[None].to(device)
+            x = model_view(prepared)[None].to(device)
             score, z = self.detector(x, _cond(self.detector.model, label))
             scored = self._placed(case, score, tuple(warnings))
             if z is None:
