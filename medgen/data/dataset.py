@@ -178,6 +178,13 @@ def model_view(scan: Scan) -> Float[Tensor, "c *space"]:
     return torch.tensor(scan.voxels[..., 0] if scan.is_planar else scan.voxels)
 
 
+def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> Dataset[dict[str, Any]]:
+    """Prepared scans by number, kept in memory or in a folder."""
+    if folder is None:
+        return CacheDataset(rows, prepare, progress=False, num_workers=1, copy_cache=False)
+    return PersistentDataset(rows, prepare, cache_dir=folder, hash_func=_content_key)
+
+
 class ScanDataset(Dataset):
     """Prepared scans in memory, or in `cache` when given; unreadable ones are left out and named.
 

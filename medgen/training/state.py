@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
@@ -51,12 +52,18 @@ def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], 
     """The saved state, or None where there is none.
 
     Raises:
-        TrainingError: the state belongs to a run with other settings.
+        TrainingError: the state belongs to a run with other settings, or is damaged.
     """
     place = folder / _NAME
     if not (place / "progress.json").exists():
         return None
-    saved = json.loads((place / "progress.json").read_text())
+    try:
+        saved = json.loads((place / "progress.json").read_text())
+        tensors = load_file(place / "tensors.safetensors")
+    except (OSError, ValueError, SafetensorError) as error:
+        raise TrainingError(
+            f"The unfinished run in {folder.name} is damaged ({type(error).__name__}). Pass --force to start again."
+        ) from error
     if saved["facts"] != json.loads(json.dumps(facts)):
         changed = sorted(key for key in facts if saved["facts"].get(key) != json.loads(json.dumps(facts[key])))
         raise TrainingError(
@@ -65,7 +72,7 @@ def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], 
         )
     progress = Progress(**saved["progress"])
     progress.history = [(seen, trained, held) for seen, trained, held in progress.history]
-    return load_file(place / "tensors.safetensors"), progress
+    return tensors, progress
 
 
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
