@@ -1,14 +1,20 @@
 """What every reader asks of a file's numbers: not too many, and all of them finite."""
 
 import math
+import zlib
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
+from isal.igzip_lib import IsalError
 from jaxtyping import Shaped
 
 from medgen.errors import DataError
 from medgen.io.source import ReadOptions
 from medgen.scan import Scale
+
+# What inflating damaged bytes raises. (To isal's own type hints its error is no class.)
+INFLATE_FAULTS: tuple[type[Exception], ...] = (OSError, EOFError, zlib.error, cast("type[Exception]", IsalError))
 
 
 def within_cap(shape: Sequence[int], name: str, options: ReadOptions) -> None:
@@ -46,4 +52,4 @@ def finite(
     return np.where(broken, voxels.dtype.type(scale.stored(0.0)), voxels)
 
 
-__all__ = ["finite", "within_cap"]
+__all__ = ["INFLATE_FAULTS", "finite", "within_cap"]

@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip
 from jaxtyping import Float
 
 from medgen.errors import DataError, GeometryError, UnreadableScan
 from medgen.grid import Grid
-from medgen.io.checks import finite, within_cap
+from medgen.io.checks import INFLATE_FAULTS, finite, within_cap
 from medgen.io.source import ReadOptions
 from medgen.scan import Header, Scale, Scan
 
@@ -212,7 +212,7 @@ def _check_block(block: _Block, expected: int, name: str) -> None:
                     found = _gzip_length(stream, expected)
                 case _:
                     found = _zlib_length(stream, expected)
-    except (OSError, EOFError, zlib.error, isal_zlib.error) as error:
+    except INFLATE_FAULTS as error:
         raise UnreadableScan(f"{name}: its compressed voxels are damaged or cut short. Copy it again.") from error
     if found != expected:
         what = "fewer" if found < expected else "more"

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from isal import igzip, isal_zlib
+from isal import igzip
 from jaxtyping import Shaped
 from nibabel.nifti1 import Nifti1Header
 from nibabel.nifti2 import Nifti2Header
@@ -19,7 +19,7 @@ from medgen import log
 from medgen.errors import ConfigError, DataError, OutputError, UnreadableScan
 from medgen.grid import Grid
 from medgen.io.atomic import replacing
-from medgen.io.checks import finite, within_cap
+from medgen.io.checks import INFLATE_FAULTS, finite, within_cap
 from medgen.io.nifti_place import grid_of, place
 from medgen.io.source import ReadOptions
 from medgen.scan import Header, Scale, Scan
@@ -131,21 +131,21 @@ def _is_gzip(path: Path) -> bool:
 def _beginning(path: Path) -> bytes:
     """The first bytes of a file, inflated if need be; enough for either header."""
     try:
-        with igzip.open(path) if _is_gzip(path) else path.open("rb") as stream:
+        with igzip.IGzipFile(path) if _is_gzip(path) else path.open("rb") as stream:
             return stream.read(Nifti2Header.template_dtype.itemsize)
     except FileNotFoundError:
         raise UnreadableScan(f"{path.name}: no such file. Check the path.") from None
-    except (OSError, EOFError, isal_zlib.error) as error:
+    except INFLATE_FAULTS as error:
         raise UnreadableScan(
             f"{path.name}: expected a NIfTI file; its first bytes cannot be read ({_why(error)})."
         ) from error
 
 
 def _parsed(block: bytes, name: str) -> Nifti1Header:
-    for byteorder, mark in (("little", "<"), ("big", ">")):
+    for mark in "<>":
         for kind, start, magic in _MAGIC:
             length = kind.template_dtype.itemsize
-            if int.from_bytes(block[:4], byteorder) != length or len(block) < length:
+            if int.from_bytes(block[:4], "little" if mark == "<" else "big") != length or len(block) < length:
                 continue
             if block[start : start + len(magic)] == magic:
                 return kind(block[:length], endianness=mark, check=False)
@@ -197,13 +197,13 @@ def _inflated(path: Path, layout: _Layout) -> Shaped[np.ndarray, "n"]:
         raise UnreadableScan(f"{name}: its header announces {size} bytes, more than its compressed bytes can hold.")
     try:
         held = np.empty(size, dtype=np.uint8)
-        window, done = memoryview(held), 0
-        with igzip.open(path) as stream:
+        window, done = held.data, 0
+        with igzip.IGzipFile(path) as stream:
             while done < size and (count := stream.readinto(window[done : done + _CHUNK])):
                 done += count
             # Reading on makes the stream check its checksum, its length and that nothing follows.
             done += len(stream.read(1))
-    except (OSError, EOFError, isal_zlib.error) as error:
+    except INFLATE_FAULTS as error:
         raise UnreadableScan(
             f"{name}: its compressed bytes are damaged or cut short ({_why(error)}). Copy it again."
         ) from error
@@ -259,7 +259,7 @@ def write_nifti(scan: Scan, path: Path, *, description: str = "") -> Path:
         stream = igzip.IGzipFile("", "wb", 2, plain, 0) if path.name.endswith(".gz") else plain
         with stream:
             stream.write(block)
-            stream.write(numbers.view(np.uint8))
+            stream.write(numbers.view(np.uint8).data)
     return path
 
 

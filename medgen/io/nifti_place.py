@@ -55,7 +55,7 @@ def place(head: Nifti1Header, grid: Grid, name: str) -> None:
     head.set_xyzt_units("mm", "sec")
     head.set_sform(grid.affine, code)
     head.set_qform(grid.affine, code)
-    if _apart(_as_near(head.get_qform(), head, grid.affine), grid.affine, grid.shape) > _AGREE_MM:
+    if _apart(_as_near(np.asarray(head.get_qform()), head, grid.affine), grid.affine, grid.shape) > _AGREE_MM:
         head["qform_code"] = 0
         log.note(f"{name}: its axes are not at right angles, so only the sform says where it is (qform_code 0).")
 
@@ -72,12 +72,12 @@ def _millimetres(head: Nifti1Header, name: str) -> float:
 def _form(head: Nifti1Header, form: str, name: str) -> Float[np.ndarray, "4 4"]:
     """The affine of one form, in the header's unit of length."""
     if form == "sform":
-        return head.get_sform()
+        return np.asarray(head.get_sform())
     head = head.copy()
     # The standard reads a left-out handedness as right.
     head["pixdim"][0] = head["pixdim"][0] or 1
     try:
-        return head.get_qform()
+        return np.asarray(head.get_qform())
     except (HeaderDataError, ValueError) as error:
         raise GeometryError(
             f"{name}: its qform is no rotation ({error}). Pass xform='sform' if the sform is right."

@@ -58,9 +58,9 @@ class Pseudonyms:
             raise PrivacyError(
                 f"A pseudonym key needs at least 16 bytes; found {len(key)}. Use secrets.token_bytes(32)."
             )
-        self._key = key
+        self._key = key or b""
         self._merge()
-        if self._key is None:
+        if not self._key:
             self._key = secrets.token_bytes(32)
 
     def patient(self, original: str) -> str:
@@ -123,7 +123,7 @@ class Pseudonyms:
                 f"{self._table.name} is no pseudonym table: a CSV with columns {', '.join(_COLUMNS)}, the key first. "
                 "Give the right file, or a new path."
             ) from error
-        if self._key is not None and not hmac.compare_digest(key, self._key):
+        if self._key and not hmac.compare_digest(key, self._key):
             raise PrivacyError(
                 f"The pseudonym table {self._table.name} was made with another key. "
                 "Leave the key out to take the table's."

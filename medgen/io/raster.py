@@ -114,8 +114,8 @@ def write_raster(scan: Scan, path: Path) -> Path:
 def _check_kind(picture: Image.Image, path: Path, options: ReadOptions) -> None:
     """Refuse what Pillow would read with altered values, before it decodes anything."""
     name = path.name
-    if getattr(picture, "n_frames", 1) > 1:
-        raise DataError(f"{name}: expected one picture; found {picture.n_frames} pages. Save them one by one.")
+    if (pages := getattr(picture, "n_frames", 1)) > 1:
+        raise DataError(f"{name}: expected one picture; found {pages} pages. Save them one by one.")
     if picture.format == "TIFF":
         bits, kind = _tiff_tag(picture, 258, 1), _tiff_tag(picture, 339, 1)
         if (bits, kind) not in _TIFF_KINDS:
@@ -137,7 +137,7 @@ def _tiff_tag(picture: Image.Image, tag: int, default: int) -> int:
 def _decoded(picture: Image.Image, name: str, options: ReadOptions) -> Image.Image:
     """The picture as grey or RGB without transparency; a palette becomes the colours it stands for."""
     if picture.has_transparency_data:
-        see_through = picture.mode in _GREY or picture.convert("RGBA").getextrema()[3][0] < 255
+        see_through = picture.mode in _GREY or np.asarray(picture.convert("RGBA"))[..., 3].min() < 255
         if see_through:
             raise DataError(f"{name}: expected opaque pixels; some are transparent. Flatten the picture first.")
         picture = picture.convert("L" if picture.mode == "LA" else "RGB")
@@ -186,7 +186,7 @@ def npz_items(path: Path) -> list[tuple[str, str, str]]:
             continue
         labels = [""] * shape[0]
         label_shape = _npz_shape(path, f"{split}_labels")
-        if label_shape is not None and len(label_shape) <= 2:
+        if label_shape is not None and 1 <= len(label_shape) <= 2:
             if label_shape[0] != shape[0]:
                 raise UnreadableScan(f"{path.name}: {shape[0]} {split} images but {label_shape[0]} labels.")
             rows = _npz_array(path, f"{split}_labels").reshape(shape[0], -1)
@@ -207,9 +207,9 @@ def read_npz(path: Path, fragment: str, options: ReadOptions = ReadOptions()) ->
     path = Path(path)
     split, _, number = fragment.partition("/")
     name, key = f"{path.name}#{fragment}", f"{split}_images"
-    status = path.stat() if path.is_file() else None
-    shape = _npz_shape_cached(path, key, status.st_mtime_ns, status.st_size) if status and split in _SPLITS else None
-    if shape is None or not number.isdecimal() or int(number) >= shape[0]:
+    status = path.stat() if path.is_file() and split in _SPLITS else None
+    shape = _npz_shape_cached(path, key, status.st_mtime_ns, status.st_size) if status else None
+    if status is None or shape is None or not number.isdecimal() or int(number) >= shape[0]:
         raise UnreadableScan(f"{name}: no such item. They are called train/0, train/1, ... up to the number of images.")
     within_cap(shape[1:], name, options)
     values = _npz_images(path, key, status.st_mtime_ns, status.st_size)[int(number)]
@@ -247,7 +247,7 @@ def write_npz(path: Path, images: dict[str, np.ndarray], labels: dict[str, np.nd
             raise OutputError(f"{path.name}: {split} has {len(pictures)} images but {len(rows)} labels.")
         arrays |= {f"{split}_images": pictures, f"{split}_labels": rows.reshape(len(rows), -1)}
     with replacing(path, force=True) as part, part.open("wb") as stream:
-        np.savez_compressed(stream, **arrays)
+        np.savez_compressed(stream, **arrays)  # pyright: ignore[reportArgumentType]
     return path
 
 
