@@ -269,7 +269,15 @@ class Draws(Dataset):
 
 def loader(draws: Draws, which: range, batch_size: int, *, workers: int = 0) -> DataLoader:
     """Batches of the given draws, in order."""
-    return DataLoader(draws, batch_size=batch_size, sampler=which, num_workers=workers, collate_fn=collate)
+    return DataLoader(
+        draws,
+        batch_size=batch_size,
+        sampler=which,
+        num_workers=workers,
+        collate_fn=collate,
+        # Without one of its own it draws from torch's global state.
+        generator=torch.Generator(),
+    )
 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> Batch:

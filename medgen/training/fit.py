@@ -131,7 +131,7 @@ class _Run:
         ]
         self.module, *self.optimizers = self.fabric.setup(model, *optimizers)
         self.average = MovingAverage(model, config.ema)
-        self.best = dict(self.average.weights)
+        self.best = {name: tensor.clone() for name, tensor in self.average.weights.items()}
         self.progress = Progress()
         if saved:
             self._restore(*saved)

@@ -70,8 +70,9 @@ def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], 
             f"The unfinished run in {folder.name} was started with other settings ({', '.join(changed)}). "
             "Repeat its settings to go on, or pass --force to start again."
         )
-    progress = Progress(**saved["progress"])
-    progress.history = [(seen, trained, held) for seen, trained, held in progress.history]
+    told = saved["progress"]
+    # JSON has no tuples.
+    progress = Progress(**told | {"history": [(seen, trained, held) for seen, trained, held in told["history"]]})
     return tensors, progress
 
 
