@@ -1,7 +1,7 @@
 """`medgen info` and `medgen convert`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -41,8 +41,10 @@ def info(
 def convert(
     data: Data,
     out: Out,
-    format: Annotated[str, typer.Option(help="nifti, dicom or png.")] = "nifti",
-    identity: Annotated[str, typer.Option(help="DICOM to DICOM: pseudonym or keep.")] = "pseudonym",
+    format: Annotated[Literal["nifti", "dicom", "png"], typer.Option(help="What to write.")] = "nifti",
+    identity: Annotated[
+        Literal["pseudonym", "keep"], typer.Option(help="DICOM to DICOM: new names, or the patient's own.")
+    ] = "pseudonym",
     table: Annotated[Path | None, typer.Option(help="Keep originals beside pseudonyms here, outside OUT.")] = None,
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
@@ -53,12 +55,6 @@ def convert(
     quiet: Quiet = False,
 ):
     """The same scans in another format, on the same millimetres, in the same units."""
-    for name, value, allowed in (
-        ("--format", format, ("nifti", "dicom", "png")),
-        ("--identity", identity, ("pseudonym", "keep")),
-    ):
-        if value not in allowed:
-            raise typer.BadParameter(f"{name} is one of {', '.join(allowed)}; found {value!r}.")
     options = reading(on_gap, on_tilt, xform)
     if dry_run:
         info(data, as_json, on_gap, on_tilt, xform)

@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import typer
 
@@ -27,30 +27,20 @@ Set = Annotated[list[str], typer.Option("--set", help="Change a value of the pre
 Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep within on this machine.")]
 Label = Annotated[str | None, typer.Option(help="Learn one class only.")]
 Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only.")]
-OnGap = Annotated[str, typer.Option(help="Missing or uneven DICOM slices: error, fill or resample.")]
-OnTilt = Annotated[str, typer.Option(help="Tilted gantry: error, shear or resample.")]
-Xform = Annotated[str, typer.Option(help="NIfTI whose sform and qform disagree: error, sform or qform.")]
-
+Gap = Literal["error", "fill", "resample"]
+Tilt = Literal["error", "shear", "resample"]
+Form = Literal["error", "sform", "qform"]
+OnGap = Annotated[Gap, typer.Option(help="Missing or uneven DICOM slices.")]
+OnTilt = Annotated[Tilt, typer.Option(help="Tilted gantry.")]
+Xform = Annotated[Form, typer.Option(help="NIfTI whose sform and qform disagree.")]
 
 # Seconds between progress lines where there is no terminal to draw a bar on.
 _EVERY = 20
 
 
-def reading(on_gap: str = "error", on_tilt: str = "error", xform: str = "error", **more: Any) -> ReadOptions:
-    """Reading options from the command line.
-
-    Raises:
-        typer.BadParameter: a value is not one of the choices.
-    """
-    choices = {
-        "--on-gap": (on_gap, ("error", "fill", "resample")),
-        "--on-tilt": (on_tilt, ("error", "shear", "resample")),
-        "--xform": (xform, ("error", "sform", "qform")),
-    }
-    for name, (value, allowed) in choices.items():
-        if value not in allowed:
-            raise typer.BadParameter(f"{name} is one of {', '.join(allowed)}; found {value!r}.")
-    return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform, **more)
+def reading(on_gap: Gap = "error", on_tilt: Tilt = "error", xform: Form = "error") -> ReadOptions:
+    """Reading options from the command line."""
+    return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform)
 
 
 class _Bars:
@@ -101,12 +91,12 @@ class _Bars:
 @contextmanager
 def speaking(quiet: bool) -> Iterator[None]:
     """Show progress on stderr while the block runs, unless asked to be quiet."""
-    if quiet:
-        yield
-        return
     # lightning-fabric announces its precision once a model; that is no news to a user.
     logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
     logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
+    if quiet:
+        yield
+        return
     with reporting(_Bars()):
         yield
 

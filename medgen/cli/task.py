@@ -1,7 +1,7 @@
 """`medgen augment` and `medgen score`."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -29,7 +29,7 @@ from medgen.cli.shared import (
     speaking,
 )
 
-_FORMATS = ("auto", "nifti", "dicom", "png", "npz")
+Written = Literal["auto", "nifti", "dicom", "png", "npz"]
 
 
 @app.command()
@@ -38,7 +38,7 @@ def augment(
     out: Out,
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many scans in all [default: 20].")] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="How many scans of each class.")] = None,
-    format: Annotated[str, typer.Option(help="auto (as the input), nifti, dicom, png or npz.")] = "auto",
+    format: Annotated[Written, typer.Option(help="auto: as the input.")] = "auto",
     bundle: Annotated[Path | None, typer.Option("-m", "--bundle", help="Use this bundle instead of training.")] = None,
     preset: Preset = None,
     label: Label = None,
@@ -56,8 +56,6 @@ def augment(
     quiet: Quiet = False,
 ):
     """Learn a folder and write synthetic scans in the folder's own format; none copies a patient."""
-    if format not in _FORMATS:
-        raise typer.BadParameter(f"--format is one of {', '.join(_FORMATS)}; found {format!r}.")
     options = reading(on_gap, on_tilt, xform)
     choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
     with speaking(quiet):

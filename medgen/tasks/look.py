@@ -4,7 +4,6 @@ from pathlib import Path
 from typing import Any
 
 from medgen import io
-from medgen.config import load_preset, preset_names
 from medgen.errors import MedgenError
 from medgen.io.source import ReadOptions
 
@@ -39,6 +38,8 @@ def _described(source: io.Source, options: ReadOptions) -> dict[str, Any]:
 
 def list_models() -> list[dict[str, Any]]:
     """The presets: name, family, year, paper, dimensions and abilities."""
+    from medgen.config import load_preset, preset_names  # pydantic takes longer to import than `info` takes to answer
+
     return [{"preset": name, **load_preset(name).about.model_dump(mode="json")} for name in preset_names()]
 
 
