@@ -1,6 +1,6 @@
 """A 3D VAE on 44 T1 brains, five folds by subject: reconstruction of unseen brains, and samples' spectra.
 
-    python benchmarks/brains.py                # five folds, at most ten minutes each
+python benchmarks/brains.py                # five folds, at most ten minutes each
 """
 
 import argparse
@@ -98,15 +98,18 @@ def main() -> None:
         found.append(one_fold(files, held, options.minutes, number))
         last = found[-1]
         half = last["spectrum_ratio"][:10]
-        print(f"fold {number}: " + ", ".join(f"{k} {last[k]:.2f}" for k in ("mean image", "PCA, all components", "medgen VAE", "minutes")), flush=True)
+        shown = ("mean image", "PCA, all components", "medgen VAE", "minutes")
+        print(f"fold {number}: " + ", ".join(f"{k} {last[k]:.2f}" for k in shown), flush=True)
         print(f"  spectrum of samples over real, up to half Nyquist: {min(half):.2f} to {max(half):.2f}", flush=True)
     names = ("mean image", "PCA, all components", "medgen VAE")
     rows = [(n, float(np.mean([f[n] for f in found])), float(np.std([f[n] for f in found], ddof=1))) for n in names]
     table(rows, ("reconstruction of unseen brains", "PSNR in the brain, dB", "sd over folds"))
     ratio = np.mean([f["spectrum_ratio"] for f in found], 0)
-    print(f"spectrum ratio up to half Nyquist: {ratio[:10].min():.2f} to {ratio[:10].max():.2f}; "
-          f"minutes a fold {max(f['minutes'] for f in found):.1f}; peak {max(f['peak_mb'] for f in found):.0f} MB")
-    keep("brains", {"folds": found, "psnr": dict((r[0], r[1]) for r in rows), "spectrum_ratio": ratio.tolist()}, began)
+    print(
+        f"spectrum ratio up to half Nyquist: {ratio[:10].min():.2f} to {ratio[:10].max():.2f}; "
+        f"minutes a fold {max(f['minutes'] for f in found):.1f}; peak {max(f['peak_mb'] for f in found):.0f} MB"
+    )
+    keep("brains", {"folds": found, "psnr": {row[0]: row[1] for row in rows}, "spectrum_ratio": ratio.tolist()}, began)
 
 
 if __name__ == "__main__":

@@ -24,7 +24,8 @@ def shared_data() -> Path:
 def machine() -> dict:
     model = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
-        names = [line.partition(":")[2].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
+        told = Path("/proc/cpuinfo").read_text().splitlines()
+        names = [line.partition(":")[2].strip() for line in told if line.startswith("model name")]
         model = names[0] if names else model
     return {
         "processor": model,

@@ -94,7 +94,8 @@ def main() -> None:
         values.append(auroc(scores[~ill], scores[ill]))
         p = np.asarray([p_value(detector.scores, one) for one in raw[~ill]])
         false_alarms.append(float((p <= 0.05).mean()))
-        rows.append((f"medgen VAE, SSIM residual, seed {seed}", values[-1], "{:.3f}-{:.3f}".format(*interval(scores[~ill], scores[ill]))))
+        low, high = interval(scores[~ill], scores[ill])
+        rows.append((f"medgen VAE, SSIM residual, seed {seed}", values[-1], f"{low:.3f}-{high:.3f}"))
         shutil.rmtree(place.parent)
     table(rows, ("score (two-sided about validation normals)", "AUROC", "95 % interval"))
     mean, sd = float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else 0.0

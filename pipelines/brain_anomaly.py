@@ -50,7 +50,8 @@ for row in new.rows:
     rest = (head > 0.2 * np.percentile(head, 99)) & ~lesion
     inside, outside = z_map.voxels[0][lesion], z_map.voxels[0][rest]
     chance = np.mean([np.mean(value > outside) for value in inside])
-    print(f"{row.case:20s} lesion {lesion.sum() * mask.grid.voxel_volume / 1000:.1f} mL: mean z {inside.mean():.1f} inside,")
+    volume = lesion.sum() * mask.grid.voxel_volume / 1000
+    print(f"{row.case:20s} lesion {volume:.1f} mL: mean z {inside.mean():.1f} inside,")
     print(f"{'':20s} {outside.mean():.1f} elsewhere; a lesion voxel is above {chance:.0%} of the others")
 
 print(f"Look at {options.out / 'scores' / 'pictures'}. Research use only, not a medical device.")

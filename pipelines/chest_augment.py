@@ -45,11 +45,9 @@ real = medgen.index(options.data)
 print(real.summary())
 
 # 2. New scans of each class, in the format of the real ones. None is a copy of a training scan.
-done = medgen.augment(
-    options.data, options.out / "synthetic", per_class=options.per_class, minutes=options.minutes
-)
+done = medgen.augment(options.data, options.out / "synthetic", per_class=options.per_class, minutes=options.minutes)
 test = done.copy_test
-print(f"{done.written} synthetic scans; {done.copies_rejected} draws were copies (r < {test.threshold:.2f}) and left out")
+print(f"{done.written} synthetic scans; {done.copies_rejected} draws left out as copies (r < {test.threshold:.2f})")
 
 # 3. The same learner on real, synthetic, and both.
 synthetic = medgen.index(options.out / "synthetic" / "manifest.csv")

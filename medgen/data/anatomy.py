@@ -28,7 +28,7 @@ from medgen.data.painting import (
 
 
 def warped(world: Points, rng: np.random.Generator) -> Points:
-    """Where each point of this person lies in the common anatomy, after an affine registration that is never perfect."""
+    """Where each point of this person lies in the common anatomy, after a registration that is never perfect."""
     size = 1 + rng.normal(0, [0.012, 0.012, 0.012])
     centre = np.array([0.0, -18, 5])
     bends = [1.3 * waves(world, rng, 5, (130, 300)) for _ in range(3)]
