@@ -61,7 +61,7 @@ def write_series(folder: Path, slices: int, syntax: str | None) -> None:
 
 
 def by_medgen(folder: Path) -> np.ndarray:
-    from medgen.io.dicom_read import find_series, read_series
+    from medgen.io.dicom.read import find_series, read_series
 
     sources, _ = find_series(sorted(folder.iterdir()))
     return read_series(sources[0]).voxels

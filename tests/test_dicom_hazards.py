@@ -11,7 +11,7 @@ import pytest
 
 from medgen import log
 from medgen.errors import DataError, GeometryError, InconsistentSeries, UnreadableScan
-from medgen.io.dicom_read import find_series, read_series, series_header
+from medgen.io.dicom.read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions, Source
 
 
@@ -689,10 +689,10 @@ def test_giant_rows_and_columns_allocate_nothing(tmp_path):
         ds.Rows = ds.Columns = 65535
 
     factory.series(tmp_path, hu=factory.hounsfield(1), edit=edit)
-    started = time.perf_counter()
+    started = time.process_time()
     refused(tmp_path, UnreadableScan, "000.dcm", "65535 x 65535")
     refused(tmp_path, UnreadableScan, "000.dcm", "need", max_voxels=2**40)
-    assert time.perf_counter() - started < 1
+    assert time.process_time() - started < 1
 
 
 def test_more_voxels_than_allowed(tmp_path):
@@ -754,7 +754,7 @@ def test_deflate_bomb(tmp_path, inside):
     import tracemalloc
 
     tracemalloc.start()
-    started = time.perf_counter()
+    started = time.process_time()
     sources, skipped = find_series(truth.files)
     assert bool(sources) == bool(inside)
     assert bool(skipped) != bool(inside)
@@ -764,7 +764,7 @@ def test_deflate_bomb(tmp_path, inside):
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 64 * 2**20
-    assert time.perf_counter() - started < 4
+    assert time.process_time() - started < 4
 
 
 @pytest.mark.parametrize("depth", [300, 1000, 5000])
@@ -786,9 +786,9 @@ def test_nested_sequences(tmp_path, depth, stated):
         return content[:at] + inner + content[at:]
 
     damage(truth.files[0], nest)
-    started = time.perf_counter()
+    started = time.process_time()
     sources, skipped = find_series(truth.files)
-    assert time.perf_counter() - started < 2
+    assert time.process_time() - started < 2
     if sources:
         np.testing.assert_array_equal(hu(read_series(sources[0])), truth.hu)
     else:

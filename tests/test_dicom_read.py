@@ -26,7 +26,7 @@ from pydicom.uid import (
 from medgen import log
 from medgen.errors import DataError, GeometryError, InconsistentSeries, UnreadableScan
 from medgen.io import read as read_any
-from medgen.io.dicom_read import find_series, read_series, series_header
+from medgen.io.dicom.read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions
 
 
@@ -584,7 +584,7 @@ warnings.simplefilter("error")
 from pydicom import config
 state = lambda: (config.settings.reading_validation_mode, config.settings.writing_validation_mode)
 before = state()
-import medgen.io.dicom_read
+import medgen.io.dicom.read
 assert state() == before
 heavy = {"torch", "monai", "SimpleITK"} & set(sys.modules)
 assert not heavy, heavy

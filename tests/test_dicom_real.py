@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from medgen.errors import DataError, GeometryError, InconsistentSeries, UnreadableScan
-from medgen.io.dicom_read import find_series, read_series, series_header
+from medgen.io.dicom.read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions
 
 SimpleITK = pytest.importorskip("SimpleITK")

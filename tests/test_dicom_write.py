@@ -18,8 +18,8 @@ from validators import assert_conforms, assert_same_places, by_dcm2niix, by_simp
 from medgen.errors import ConfigError, DataError, GeometryError, OutputError, UnreadableScan
 from medgen.grid import Grid
 from medgen.io import read
-from medgen.io.dicom_pixels import store
-from medgen.io.dicom_write import Provenance, write_series
+from medgen.io.dicom.pixels import store
+from medgen.io.dicom.write import Provenance, write_series
 from medgen.scan import Header, Scale, Scan
 
 SAMPLED = Provenance("Sampled from a model", model="vae3d", weights_sha256="ab" * 32, seed=7, content="synthetic")

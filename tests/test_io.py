@@ -14,7 +14,7 @@ from PIL import Image
 import medgen.io as io
 from medgen.errors import DataError, GeometryError, UnreadableScan
 from medgen.grid import Grid
-from medgen.io.dicom_write import Provenance, write_series
+from medgen.io.dicom.write import Provenance, write_series
 from medgen.io.raster import write_npz
 from medgen.io.source import ReadOptions, Source
 from medgen.scan import Header, Scale, Scan

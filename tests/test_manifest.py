@@ -17,7 +17,7 @@ from medgen.data.manifest import Manifest, Row, index
 from medgen.data.splits import QUOTAS, SPLITS, assigned
 from medgen.errors import ConfigError, DataError, LeakageError, OutputError
 from medgen.grid import Grid
-from medgen.io.dicom_write import Provenance, write_series
+from medgen.io.dicom.write import Provenance, write_series
 from medgen.io.raster import write_npz
 from medgen.scan import Header, Scale, Scan
 

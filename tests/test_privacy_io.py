@@ -22,8 +22,8 @@ from validators import assert_conforms, assert_one_study, by_dcm2niix, read_by_s
 from medgen.errors import InconsistentSeries, OutputError, PrivacyError, UnreadableScan
 from medgen.grid import Grid
 from medgen.io import find, read
-from medgen.io.dicom_origin import PATIENT_AND_STUDY
-from medgen.io.dicom_write import Provenance, write_series
+from medgen.io.dicom.origin import PATIENT_AND_STUDY
+from medgen.io.dicom.write import Provenance, write_series
 from medgen.io.privacy import Pseudonyms, new_uid
 from medgen.scan import Header, Scale, Scan
 

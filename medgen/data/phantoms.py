@@ -240,7 +240,7 @@ def _write_heads(folder: Path) -> None:
 
 
 def _write_dicom(folder: Path) -> None:
-    from medgen.io.dicom_write import Provenance, write_series
+    from medgen.io.dicom.write import Provenance, write_series
 
     def provenance(what: str, seed: int) -> Provenance:
         # No network took part, yet none of it was ever measured.

@@ -99,7 +99,7 @@ def header(
         grid, channels, _, told = nifti_header(path.files[0], options)
         return grid, channels, told
     if path.kind == "dicom":
-        from medgen.io.dicom_read import series_header
+        from medgen.io.dicom.read import series_header
 
         return series_header(path, options)
     scan = _read_source(path, options)
@@ -125,7 +125,7 @@ def write(scan: "medgen.scan.Scan", path: str | Path) -> None:
         case _:
             raise DataError(
                 f"{path.name}: scans are written as .nii, .nii.gz or .png; for a DICOM series use "
-                "medgen.io.dicom_write.write_series."
+                "medgen.io.dicom.write.write_series."
             )
 
 
@@ -216,7 +216,7 @@ def _sorted_out(files: list[Path], place: Path, options: ReadOptions) -> Found:
             case kind:
                 sources.append(Source(str(file), kind, (file,)))
     if offered:
-        from medgen.io.dicom_read import find_series
+        from medgen.io.dicom.read import find_series
 
         series, rest = find_series(offered, options)
         sources += series
@@ -281,7 +281,7 @@ def _read_source(source: Source, options: ReadOptions) -> "medgen.scan.Scan":
 
             return read_npz(source.files[0], source.path.rpartition("#")[2], options)
         case "dicom":
-            from medgen.io.dicom_read import read_series
+            from medgen.io.dicom.read import read_series
 
             return read_series(source, options)
 

@@ -243,7 +243,7 @@ def _write(bundle: Bundle, values: Tensor, name: str, label: str, chosen: str, f
     place = Path(file_name(label)) if label else Path("images" if chosen in ("nifti", "png") else "")
     (folder / place).mkdir(parents=True, exist_ok=True)
     if chosen == "dicom":
-        from medgen.io.dicom_write import Provenance, write_series
+        from medgen.io.dicom.write import Provenance, write_series
 
         made = Provenance(
             description="Scan generated from noise by a model; shows nobody",

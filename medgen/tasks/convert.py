@@ -103,7 +103,7 @@ def _write(
 ) -> str:
     scan = io.read(source, options)
     if format == "dicom":
-        from medgen.io.dicom_write import Provenance, write_series
+        from medgen.io.dicom.write import Provenance, write_series
 
         copied = Provenance(description="The same voxels in another file", content="copy")
         files = source.files if source.kind == "dicom" else ()

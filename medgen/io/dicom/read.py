@@ -11,12 +11,12 @@ import numpy as np
 from medgen import log
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
 from medgen.grid import Grid
-from medgen.io.dicom_decode import LOSSY, Padding, check_syntax
-from medgen.io.dicom_file import DicomFile, open_file
-from medgen.io.dicom_find import find_series, why_not, without_localizers
-from medgen.io.dicom_frames import frames_of, is_planar
-from medgen.io.dicom_series import Stack, stack
-from medgen.io.dicom_voxels import (
+from medgen.io.dicom.decode import LOSSY, Padding, check_syntax
+from medgen.io.dicom.file import DicomFile, open_file
+from medgen.io.dicom.find import find_series, why_not, without_localizers
+from medgen.io.dicom.frames import frames_of, is_planar
+from medgen.io.dicom.series import Stack, stack
+from medgen.io.dicom.voxels import (
     common_scale,
     flipped,
     interpolated,

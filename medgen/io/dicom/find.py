@@ -12,9 +12,9 @@ import numpy as np
 
 from medgen import log
 from medgen.errors import UnreadableScan
-from medgen.io.dicom_elements import Elements, printable_uid
-from medgen.io.dicom_file import DicomFile, open_file
-from medgen.io.dicom_frames import is_planar
+from medgen.io.dicom.elements import Elements, printable_uid
+from medgen.io.dicom.file import DicomFile, open_file
+from medgen.io.dicom.frames import is_planar
 from medgen.io.source import ReadOptions, Skipped, Source
 
 _GROUPS = ("PerFrameFunctionalGroupsSequence", "SharedFunctionalGroupsSequence")

@@ -10,8 +10,8 @@ from pydicom.sequence import Sequence as DicomSequence
 
 from medgen.errors import GeometryError
 from medgen.grid import Grid
-from medgen.io.dicom_origin import Origin
-from medgen.io.dicom_values import code, decimal
+from medgen.io.dicom.origin import Origin
+from medgen.io.dicom.values import code, decimal
 from medgen.scan import Scan
 
 # Within a slice DICOM allows no slant at all; between slices readers forgive this much.

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from medgen.errors import UnreadableScan
-from medgen.io.dicom_file import Layout
+from medgen.io.dicom.file import Layout
 
 _UID = "1.2.840.10008.1.2.4"
 EXTENDED = f"{_UID}.51"

@@ -15,16 +15,16 @@ from typing import Literal
 import numpy as np
 from pydicom import dcmwrite
 from pydicom.dataset import Dataset
+from pydicom.uid import UID
 
 from medgen.errors import ConfigError, GeometryError, PrivacyError
-from medgen.io import dicom_modules as modules
-from medgen.io import dicom_place as place
 from medgen.io.atomic import replacing
-from medgen.io.dicom_modules import Subject
-from medgen.io.dicom_origin import Origin, read_origin
-from medgen.io.dicom_pixels import Rule, store
-from medgen.io.dicom_provenance import Provenance, equipment, provenance_marks
-from medgen.io.dicom_values import text
+from medgen.io.dicom import modules, place
+from medgen.io.dicom.modules import Subject
+from medgen.io.dicom.origin import Origin, read_origin
+from medgen.io.dicom.pixels import Rule, store
+from medgen.io.dicom.provenance import Provenance, equipment, provenance_marks
+from medgen.io.dicom.values import text
 from medgen.io.privacy import Pseudonyms, new_uid
 from medgen.log import track
 from medgen.scan import Scan
@@ -110,7 +110,8 @@ def _check(scan: Scan, provenance: Provenance, source: Sequence[Path], identity:
 def _rule(scan: Scan) -> Rule:
     if _is_colour(scan):
         return "other"
-    return {"CT": "ct", "MR": "mr"}.get(scan.header.modality, "other")
+    rules: dict[str, Rule] = {"CT": "ct", "MR": "mr"}
+    return rules.get(scan.header.modality, "other")
 
 
 def _has_place(scan: Scan, rule: Rule) -> bool:
@@ -162,7 +163,7 @@ def _digest(scan: Scan) -> str:
     hasher.update(scan.grid.affine.tobytes())
     for channel in scan.voxels:
         for k in range(channel.shape[2]):
-            hasher.update(np.ascontiguousarray(channel[:, :, k].T))
+            hasher.update(np.ascontiguousarray(channel[:, :, k].T).data)
     if scan.valid is not None:
         hasher.update(np.packbits(scan.valid).tobytes())
     return hasher.hexdigest()
@@ -191,7 +192,7 @@ def _objects(
         modules.patient_and_study(base, subject)
         provenance_marks(base, provenance, _synthetic(scan, provenance, origin), extra)
         if _has_place(scan, rule):
-            place.plane(base, scan.grid, subject.frame, float(thickness) if thickness else None)
+            place.plane(base, scan.grid, subject.frame, float(str(thickness)) if thickness else None)
         elif scan.header.space > 0 or scan.grid.spacing[:2] != (1.0, 1.0):
             # Pictures without any spacing are read as 1 mm: that is no measurement.
             place.pixel_spacing(base, scan.grid)
@@ -241,7 +242,7 @@ def _frames(scan: Scan, channel: int, rule: Rule, base: Dataset) -> Iterator[byt
 def _place_slice(ds: Dataset, scan: Scan, rule: Rule, k: int) -> None:
     ds.file_meta = copy.copy(ds.file_meta)
     ds.SOPInstanceUID = new_uid("instance", ds.SeriesInstanceUID, str(k))
-    ds.file_meta.MediaStorageSOPInstanceUID = ds.SOPInstanceUID
+    ds.file_meta.MediaStorageSOPInstanceUID = UID(ds.SOPInstanceUID)
     ds.InstanceNumber = k + 1
     if _has_place(scan, rule):
         place.position(ds, scan.grid, k)

@@ -20,7 +20,7 @@ from pydicom.tag import BaseTag
 from pydicom.uid import UID_dictionary
 
 from medgen.errors import UnreadableScan
-from medgen.io.dicom_elements import PARSE_FAULTS, WANTED, Elements, quiet
+from medgen.io.dicom.elements import PARSE_FAULTS, WANTED, Elements, quiet
 
 _PIXELS = frozenset({0x7FE00008, 0x7FE00009, 0x7FE00010})
 _DEFLATED = "1.2.840.10008.1.2.1.99"

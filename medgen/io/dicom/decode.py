@@ -13,9 +13,9 @@ import numpy as np
 from jaxtyping import Bool, Integer, Shaped
 
 from medgen.errors import UnreadableScan
-from medgen.io.dicom_elements import printable_uid, quiet
-from medgen.io.dicom_file import DicomFile, Layout, deflated_body, inflate
-from medgen.io.dicom_jpeg import EXTENDED, LOSSLESS, codestream_size, decode_jpeg
+from medgen.io.dicom.elements import printable_uid, quiet
+from medgen.io.dicom.file import DicomFile, Layout, deflated_body, inflate
+from medgen.io.dicom.jpeg import EXTENDED, LOSSLESS, codestream_size, decode_jpeg
 
 _UID = "1.2.840.10008.1.2"
 NATIVE = frozenset({"", _UID, f"{_UID}.1", f"{_UID}.1.99", f"{_UID}.2"})

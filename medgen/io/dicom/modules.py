@@ -10,16 +10,17 @@ import numpy as np
 from pydicom.dataset import Dataset, FileMetaDataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.uid import (
+    UID,
     CTImageStorage,
     ExplicitVRLittleEndian,
     MRImageStorage,
     SecondaryCaptureImageStorage,
 )
 
-from medgen.io.dicom_origin import Origin
-from medgen.io.dicom_pixels import Rule, Stored
-from medgen.io.dicom_provenance import software_version
-from medgen.io.dicom_values import code, decimal, text
+from medgen.io.dicom.origin import Origin
+from medgen.io.dicom.pixels import Rule, Stored
+from medgen.io.dicom.provenance import software_version
+from medgen.io.dicom.values import code, decimal, text
 from medgen.io.privacy import new_uid
 
 _SOP_CLASS = {"ct": CTImageStorage, "mr": MRImageStorage, "other": SecondaryCaptureImageStorage}
@@ -53,9 +54,9 @@ def new_object(sop_class: str) -> Dataset:
     ds = Dataset()
     ds.preamble = b"\0" * 128
     ds.file_meta = FileMetaDataset()
-    ds.file_meta.MediaStorageSOPClassUID = sop_class
+    ds.file_meta.MediaStorageSOPClassUID = UID(sop_class)
     ds.file_meta.TransferSyntaxUID = ExplicitVRLittleEndian
-    ds.file_meta.ImplementationClassUID = new_uid("implementation", "medgen")
+    ds.file_meta.ImplementationClassUID = UID(new_uid("implementation", "medgen"))
     ds.file_meta.ImplementationVersionName = text(f"MEDGEN_{software_version()}", 16)
     ds.SpecificCharacterSet = "ISO_IR 192"
     ds.SOPClassUID = sop_class
@@ -137,7 +138,7 @@ def acquisition(ds: Dataset, rule: Rule, origin: Origin | None, content: str) ->
     for keyword in ("MRAcquisitionType", "RepetitionTime", "EchoTime", "EchoTrainLength"):
         setattr(ds, keyword, technical.get(keyword))
     for keyword in ("InversionTime", "FlipAngle", "MagneticFieldStrength", "ImagingFrequency", "NumberOfAverages"):
-        wanted = keyword != "InversionTime" or "IR" in ds.ScanningSequence
+        wanted = keyword != "InversionTime" or "IR" in str(ds.ScanningSequence)
         if keyword in technical and wanted:
             setattr(ds, keyword, technical[keyword])
 

@@ -6,10 +6,10 @@ import numpy as np
 
 from medgen.errors import InconsistentSeries
 from medgen.grid import Grid
-from medgen.io.dicom_decode import Padding, PixelReader, tidy
-from medgen.io.dicom_file import DicomFile, Layout
-from medgen.io.dicom_frames import Frame, Rescale
-from medgen.io.dicom_series import Stack
+from medgen.io.dicom.decode import Padding, PixelReader, tidy
+from medgen.io.dicom.file import DicomFile, Layout
+from medgen.io.dicom.frames import Frame, Rescale
+from medgen.io.dicom.series import Stack
 from medgen.io.source import ReadOptions
 from medgen.scan import Header, Scale, Scan
 

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
-from medgen.io.dicom_elements import Elements
-from medgen.io.dicom_file import DicomFile
+from medgen.io.dicom.elements import Elements
+from medgen.io.dicom.file import DicomFile
 from medgen.io.source import ReadOptions
 
 # Standard objects that are volumes or parts of one: without a position they are nowhere.

@@ -1,5 +1,7 @@
 """Single DICOM values that are valid whatever goes in."""
 
+from typing import cast
+
 from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 from pydicom.valuerep import DSfloat
@@ -13,7 +15,7 @@ def text(value: str, limit: int) -> str:
 
 def decimal(value: float) -> DSfloat:
     """A decimal string of at most 16 characters, as close to `value` as it can say."""
-    return DSfloat(float(value) + 0.0, auto_format=True)
+    return cast(DSfloat, DSfloat(float(value) + 0.0, auto_format=True))
 
 
 def code(value: str, scheme: str, meaning: str) -> DicomSequence:

@@ -15,8 +15,8 @@ from medgen import log
 from medgen.errors import GeometryError, InconsistentSeries
 from medgen.grid import Grid
 from medgen.io.checks import within_cap
-from medgen.io.dicom_decode import same_pixels
-from medgen.io.dicom_frames import SPLITS, Frame
+from medgen.io.dicom.decode import same_pixels
+from medgen.io.dicom.frames import SPLITS, Frame
 from medgen.io.source import ReadOptions
 
 # Positions are decimal text: two slices closer than this lie at one place, and gaps this uneven are even.

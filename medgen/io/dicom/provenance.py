@@ -9,7 +9,7 @@ from pydicom.dataset import Dataset
 from pydicom.sequence import Sequence as DicomSequence
 
 from medgen.errors import ConfigError
-from medgen.io.dicom_values import code, text
+from medgen.io.dicom.values import code, text
 
 # Some readers guess the vendor from the first letters: none begins with TH.
 MANUFACTURER = "The medgen developers"

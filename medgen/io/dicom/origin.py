@@ -20,8 +20,8 @@ from pydicom.uid import DeflatedExplicitVRLittleEndian
 from pydicom.valuerep import validate_value
 
 from medgen.errors import InconsistentSeries, UnreadableScan
-from medgen.io.dicom_elements import PARSE_FAULTS, quiet
-from medgen.io.dicom_file import deflated_body, inflate, open_file
+from medgen.io.dicom.elements import PARSE_FAULTS, quiet
+from medgen.io.dicom.file import deflated_body, inflate, open_file
 
 # The Patient and Study attributes a derived object shares with its source when identity is kept.
 PATIENT_AND_STUDY = (
