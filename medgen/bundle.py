@@ -15,19 +15,20 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
+import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medgen.data.recipe import Recipe
-from medgen.errors import BundleError
+from medgen.errors import BundleError, ConfigError, GeometryError
 from medgen.grid import Grid
 from medgen.models import build, config_of
-from medgen.models.base import Model
+from medgen.models.base import Model, ModelConfig
 from medgen.scan import Scale, Scan
 
 FORMAT = 1
@@ -67,6 +68,15 @@ class Contract(BaseModel):
     space: int = 1
     body_part: str = ""
 
+    @field_validator("grid")
+    @classmethod
+    def _places(cls, grid: dict) -> dict:
+        try:
+            Grid.from_dict(grid)
+        except (GeometryError, KeyError, TypeError) as error:
+            raise ValueError(f"not a grid: {error}") from error
+        return grid
+
     def check(self, scan: Scan) -> list[str]:
         """Refuse a scan of another kind; return warnings about one that is merely unusual.
 
@@ -91,7 +101,10 @@ class Contract(BaseModel):
     def _check_values(self, scan: Scan) -> list[str]:
         span = self.high - self.low
         values = scan.physical()
-        low, high = (float(v) for v in torch.tensor(values[values == values]).float().aminmax())
+        known = values[np.isfinite(values)]
+        if not known.size:
+            raise BundleError("No voxel of this scan was measured: all are padding or not a number.")
+        low, high = float(known.min()), float(known.max())
         if self.low >= 0 and low < -0.05 * span:
             raise BundleError(
                 f"The model was trained on values from {self.low:g} to {self.high:g}; this scan goes down to {low:g}. "
@@ -194,63 +207,103 @@ class Bundle:
         """
         folder = Path(folder)
         stated = _read_json(folder)
-        for name, expected in stated["sha256"].items():
-            if name not in _FILES:
-                raise BundleError(f"{folder.name}/bundle.json lists {name!r}, which no bundle contains.")
-            if not (folder / name).is_file():
-                raise BundleError(f"{folder.name}: {name} is missing. Copy the whole bundle folder.")
-            if _sha256(folder / name) != expected:
-                raise BundleError(
-                    f"{folder.name}/{name} is not the file that was saved (its sha256 differs): damaged or tampered "
-                    "with. Copy the bundle again from where it was trained."
-                )
+        _check_hashes(folder, stated.sha256)
         try:
-            configs = {name: config_of(config) for name, config in stated["models"].items()}
-            recipe = Recipe.model_validate(stated["recipe"])
-            contract = Contract.model_validate(stated["contract"])
+            configs = {name: config_of(config) for name, config in stated.models.items()}
             weights = load_file(folder / _FILES[0], device=device)
-            tensors = load_file(folder / _FILES[1]) if _FILES[1] in stated["sha256"] else {}
+            tensors = load_file(folder / _FILES[1]) if _FILES[1] in stated.sha256 else {}
+            _check_weights(configs, weights)
             models = {}
             for name, config in configs.items():
                 model = build(config)
-                own = {k.removeprefix(f"{name}."): t for k, t in weights.items() if k.startswith(f"{name}.")}
-                model.load_state_dict(own)
+                model.load_state_dict(_part(weights, name))
                 models[name] = model.to(device).eval()
-        except (ValidationError, SafetensorError, RuntimeError, KeyError) as error:
-            first = str(error).strip().splitlines()[0]
-            raise BundleError(
-                f"{folder.name}: bundle.json and the weights do not belong together ({first})."
-            ) from error
+        except (ValidationError, ConfigError, SafetensorError, RuntimeError) as error:
+            why = _told(error) if isinstance(error, ValidationError) else str(error).strip().splitlines()[0]
+            raise BundleError(f"{folder.name}: bundle.json and the weights do not belong together ({why}).") from error
         return cls(
             models=models,
-            recipe=recipe,
-            contract=contract,
-            calibration=stated["calibration"],
+            recipe=stated.recipe,
+            contract=stated.contract,
+            calibration=stated.calibration,
             tensors=tensors,
-            training=stated["training"],
-            metrics=stated["metrics"],
-            licence=stated["licence"],
-            weights_sha256=stated["sha256"][_FILES[0]],
+            training=stated.training,
+            metrics=stated.metrics,
+            licence=stated.licence,
+            weights_sha256=stated.sha256[_FILES[0]],
         )
 
 
-def _read_json(folder: Path) -> dict[str, Any]:
+class _Stated(BaseModel):
+    """What bundle.json says."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    format: Literal[1]
+    medgen: str
+    models: dict[str, dict[str, Any]] = Field(min_length=1)
+    recipe: Recipe
+    contract: Contract
+    calibration: dict[str, Any]
+    training: dict[str, Any]
+    metrics: dict[str, Any]
+    licence: str
+    intended_use: str
+    sha256: dict[str, str]
+
+
+def _read_json(folder: Path) -> _Stated:
     place = folder / "bundle.json"
     if not place.is_file():
-        found = "nothing" if not folder.exists() else "no bundle.json inside"
+        found = "no bundle.json inside" if folder.is_dir() else "nothing" if not folder.exists() else "a file"
         raise BundleError(f"{folder} should be a bundle folder made by `medgen train`; found {found}.")
     try:
         stated = json.loads(place.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{place} is damaged: not valid JSON. Copy the bundle again.") from error
     if not isinstance(stated, dict) or stated.get("format") != FORMAT:
         raise BundleError(f"{place} is not a bundle of format {FORMAT}. It was made by another version of medgen.")
-    needed = {"models", "recipe", "contract", "calibration", "training", "metrics", "licence", "sha256"}
-    if missing := needed - set(stated):
-        raise BundleError(f"{place} lacks {', '.join(sorted(missing))}. Copy the bundle again.")
-    if _FILES[0] not in stated["sha256"]:
+    try:
+        told = _Stated.model_validate(stated)
+    except ValidationError as error:
+        raise BundleError(f"{place} is damaged or tampered with: {_told(error)}. Copy the bundle again.") from error
+    if _FILES[0] not in told.sha256:
         raise BundleError(f"{place} states no sha256 of the weights, so they cannot be trusted.")
-    return stated
+    return told
+
+
+def _told(error: ValidationError) -> str:
+    """Where the first mistake is, and what it is."""
+    first = error.errors()[0]
+    return f"{'.'.join(str(part) for part in first['loc'])}: {first['msg']}"
+
+
+def _check_hashes(folder: Path, stated: Mapping[str, str]) -> None:
+    for name, expected in stated.items():
+        if name not in _FILES:
+            raise BundleError(f"{folder.name}/bundle.json lists {name!r}, which no bundle contains.")
+        if not (folder / name).is_file():
+            raise BundleError(f"{folder.name}: {name} is missing. Copy the whole bundle folder.")
+        if _sha256(folder / name) != expected:
+            raise BundleError(
+                f"{folder.name}/{name} is not the file that was saved (its sha256 differs): damaged or tampered "
+                "with. Copy the bundle again from where it was trained."
+            )
+
+
+def _check_weights(configs: Mapping[str, ModelConfig], weights: Mapping[str, Tensor]) -> None:
+    """Refuse weights of other names, shapes or no finite value; a config cannot ask for more memory than they take."""
+    with torch.device("meta"):
+        models = {name: build(config) for name, config in configs.items()}
+    shapes = {f"{name}.{key}": t.shape for name, model in models.items() for key, t in model.state_dict().items()}
+    if shapes != {name: tensor.shape for name, tensor in weights.items()}:
+        raise RuntimeError("names or shapes differ")
+    if bad := [name for name, tensor in weights.items() if not bool(torch.isfinite(tensor).all())]:
+        raise RuntimeError(f"{bad[0]} is not finite")
+
+
+def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
+    return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
 def _card(stated: Mapping[str, Any]) -> str:
