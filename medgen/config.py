@@ -18,6 +18,7 @@ from medgen.errors import ConfigError
 _PACKAGED = Path(__file__).parent / "presets"
 _CHECKOUT = Path(__file__).parent.parent / "configs"
 _MOST_BYTES = 100_000
+_MOST_LEVELS = 30
 
 
 class About(BaseModel):
@@ -90,19 +91,34 @@ def load_preset(name: str | Path, overrides: Sequence[str] = ()) -> Preset:
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
-    text = path.read_text(encoding="utf-8")
+    try:
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"{path.name}: a preset is text in UTF-8; this file is not.") from error
     if len(text) > _MOST_BYTES:
         raise ConfigError(f"{path.name}: a preset is a short file; this one has {len(text):,} characters.")
     try:
-        # A few bytes of nested aliases can stand for gigabytes.
-        if any(isinstance(token, yaml.AliasToken) for token in yaml.scan(text, Loader=yaml.SafeLoader)):
-            raise ConfigError(f"{path.name}: YAML aliases (*name) are not allowed in a preset. Write the value out.")
+        _check_tokens(text, path.name)
         values = yaml.safe_load(text)
     except yaml.YAMLError as error:
         raise ConfigError(f"{path.name}: not valid YAML: {str(error).splitlines()[0]}.") from error
     if not isinstance(values, dict):
         raise ConfigError(f"{path.name}: expected keys such as model: and fit:.")
     return values
+
+
+def _check_tokens(text: str, name: str) -> None:
+    """Refuse what a few bytes of YAML can do: nested aliases stand for gigabytes, deep nesting takes minutes."""
+    opening = (yaml.FlowSequenceStartToken, yaml.FlowMappingStartToken)
+    opening += (yaml.BlockSequenceStartToken, yaml.BlockMappingStartToken)
+    closing = (yaml.FlowSequenceEndToken, yaml.FlowMappingEndToken, yaml.BlockEndToken)
+    depth = 0
+    for token in yaml.scan(text, Loader=yaml.SafeLoader):
+        if isinstance(token, yaml.AliasToken):
+            raise ConfigError(f"{name}: YAML aliases (*name) are not allowed in a preset. Write the value out.")
+        depth += isinstance(token, opening) - isinstance(token, closing)
+        if depth > _MOST_LEVELS:
+            raise ConfigError(f"{name}: a preset has a few levels; this file is nested more than {_MOST_LEVELS} deep.")
 
 
 def _apply(values: dict[str, Any], override: str) -> None:
@@ -115,7 +131,10 @@ def _apply(values: dict[str, Any], override: str) -> None:
         place = place.setdefault(parent, {})
         if not isinstance(place, dict):
             raise ConfigError(f"--set {override}: {parent} is a value and has no keys inside.")
-    place[last] = yaml.safe_load(text)
+    try:
+        place[last] = yaml.safe_load(text)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ConfigError(f"--set {override}: the value is not valid YAML. Quote it if it is text.") from error
 
 
 def _validated(values: dict[str, Any], source: str) -> Preset:
