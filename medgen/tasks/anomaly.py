@@ -190,7 +190,7 @@ class _Run:
         on_model = Scan(z.reshape(1, *prepared.grid.shape), prepared.grid, Scale(unit="z"), header)
         on_source = on_model.onto(source.grid, outside=float("nan"))
         for name in ("maps", "pictures"):
-            (self.folder / name).mkdir(exist_ok=True)
+            (self.folder / name).mkdir(parents=True, exist_ok=True)
         name = file_name(scored.case)
         io.write(on_source, self.folder / "maps" / f"{name}_map.nii.gz")
         known = self.detector.normals

@@ -107,16 +107,23 @@ def augment(
         options=options,
         seed=seed,
     )
-    if bundle is not None:
-        trained = Bundle.load(bundle)
+    given = None if bundle is None else Bundle.load(bundle)
+    if given:
+        _require_sampling(given)
+    wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
+    chosen = _format(format, plan.manifest)
+    first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
+    bound = "" if bundle or minutes is None else f" for at most {minutes:g} minutes"
+    note(f"Plan: {first}{bound}, then write {len(wanted)} synthetic scans ({chosen}) to {out}.")
+    work.record()
+    if given:
+        trained = given
     elif "bundle" in work.done:
         trained = Bundle.load(work.folder / "bundle")
     else:
         trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
         work.record("bundle")
     _require_sampling(trained)
-    wanted = _wanted(trained.model.config.classes, n, per_class)
-    chosen = _format(format, plan.manifest)
     detector, test = _copy_detector(plan.manifest, trained, options, seed)
     written, rejected = _generate(trained, wanted, chosen, detector, test, work, seed)
     _finish_files(written, trained, chosen, work, seed)

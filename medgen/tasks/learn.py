@@ -208,7 +208,7 @@ def learn(
         metrics=_metrics(model, plan.recipe, held, classes, options),
     )
     place = place or work.folder
-    place.mkdir(exist_ok=True)
+    place.mkdir(parents=True, exist_ok=True)
     bundle.save(place)
     preview(bundle, place / "preview.png", seed=seed)
     return Bundle.load(place)

@@ -17,7 +17,7 @@ _JOURNAL = "journal.json"
 
 
 class Workspace:
-    """The unfinished output `OUT.part`; `finish` renames it to OUT.
+    """The unfinished output `OUT.part`, made by the first `record`; `finish` renames it to OUT.
 
     An interrupted run leaves OUT.part behind; the same command goes on from there. Another command is
     refused rather than mixed in.
@@ -43,10 +43,8 @@ class Workspace:
         try:
             if self.folder.exists():
                 self._take_over(signature, force)
-            self.folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise OutputError(f"Cannot write beside {self.out}: {error.strerror}.") from error
-        self.record()
 
     def _take_over(self, signature: str, force: bool) -> None:
         place = self.folder / _JOURNAL
@@ -75,6 +73,7 @@ class Workspace:
             self.done[name] = facts
         part = self.folder / (_JOURNAL + ".part")
         try:
+            self.folder.mkdir(parents=True, exist_ok=True)
             part.write_text(json.dumps(self.journal))
             os.replace(part, self.folder / _JOURNAL)
         except OSError as error:
@@ -92,7 +91,7 @@ class Workspace:
         }
         try:
             (self.folder / keep).write_text(json.dumps(stated, indent=1, default=str) + "\n")
-            (self.folder / _JOURNAL).unlink()
+            (self.folder / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "training", ignore_errors=True)
             if self.out.is_dir():
                 shutil.rmtree(self.out)

@@ -93,7 +93,9 @@ def fit(
     run = _Run(model, train, val, config, seed=seed, device=device, state_folder=state_folder)
     try:
         run.train()
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:  # CUDA's is a subclass, the CPU's is told by its words alone
+        if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
+            raise
         raise TrainingError(
             f"Memory ran out with {config.batch_size} scans of {tuple(train[0]['x'].shape)} a step. "
             "Pass a smaller --set fit.batch_size, or a smaller --set max_voxels."
