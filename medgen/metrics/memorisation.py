@@ -197,12 +197,17 @@ class _View:
 def _owners(train: Tensor, patients: Sequence[str]) -> Int[Tensor, " n"]:
     """A number for each patient; patients with an identical scan get one number."""
     first: dict[bytes, str] = {}
-    merged: dict[str, str] = {}
+    leader = {patient: patient for patient in patients}
+
+    def top(patient: str) -> str:
+        while leader[patient] != patient:
+            patient = leader[patient]
+        return patient
+
     for scan, patient in zip(train, patients, strict=True):
-        known = first.setdefault(scan.numpy().tobytes(), patient)
-        merged.setdefault(patient, merged.get(known, known))
-    names = sorted(set(merged.values()))
-    return torch.tensor([names.index(merged[patient]) for patient in patients])
+        leader[top(patient)] = top(first.setdefault(scan.numpy().tobytes(), patient))
+    names = sorted({top(patient) for patient in patients})
+    return torch.tensor([names.index(top(patient)) for patient in patients])
 
 
 def _small(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *smaller"]:
