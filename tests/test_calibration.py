@@ -1,0 +1,193 @@
+"""Numbers that mean something: valid p-values, thresholds that keep their word, silence where they cannot."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from scipy.stats import median_abs_deviation
+
+from medgen.tasks.calibration import folded, mask_threshold, normals, normals_needed, p_value, tail_mean
+
+# -- p-values --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 19, 50])
+def test_p_is_never_zero_and_never_above_one(n):
+    rng = np.random.default_rng(n)
+    scores = rng.normal(size=n)
+    for new in (-1e9, -1.0, 0.0, float(scores[0]), 1.0, 1e9):
+        p = p_value(scores, new)
+        assert 1 / (n + 1) <= p <= 1
+        assert p * (n + 1) == pytest.approx(round(p * (n + 1)))
+
+
+@pytest.mark.parametrize("kind", ["normal", "exponential", "cauchy", "grey"])
+@pytest.mark.parametrize("n", [19, 39])
+def test_p_values_are_valid_whatever_the_distribution(kind, n):
+    """P(p <= alpha) lies in [alpha - 1/(n+1), alpha], and below it only where scores are tied."""
+    rng = np.random.default_rng(0)
+    draw = {
+        "normal": rng.standard_normal,
+        "exponential": rng.standard_exponential,
+        "cauchy": rng.standard_cauchy,
+        "grey": lambda size: rng.integers(0, 12, size).astype(float),
+    }[kind]
+    trials = 3000
+    ps = np.array([p_value(row[:-1], float(row[-1])) for row in draw((trials, n + 1))])
+    for alpha in (0.05, 0.1, 0.25):
+        rate, error = (ps <= alpha + 1e-12).mean(), 2 * np.sqrt(alpha * (1 - alpha) / trials)
+        assert rate <= alpha + error
+        if kind != "grey":
+            assert rate >= alpha - 1 / (n + 1) - error
+
+
+@given(
+    st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30),
+    st.floats(-1e6, 1e6),
+    st.floats(0.01, 100),
+    st.floats(-1e3, 1e3),
+)
+@settings(deadline=None, max_examples=60)
+def test_folding_treats_the_new_score_like_any_other(scores, new, gain, offset):
+    together = np.append(np.asarray(scores), new)
+    healthy, mine = folded(np.asarray(scores), new)
+    spread = max(median_abs_deviation(together) * 1.4826, 1e-12)
+    expected = np.abs(together - np.median(together)) / spread
+    assert np.allclose(np.append(healthy, mine), expected, rtol=1e-6)
+
+
+def test_unusually_low_is_as_suspicious_as_unusually_high():
+    scores = np.linspace(-1, 1, 39)
+    assert p_value(scores, 50.0) == p_value(scores, -50.0) == pytest.approx(1 / 40)
+    assert p_value(scores, 0.0) > 0.9
+
+
+def test_equal_scores_are_not_unusual():
+    assert p_value(np.full(19, 3.0), 3.0) == 1.0
+    assert p_value(np.full(19, 3.0), 3.1) == pytest.approx(0.05)
+
+
+# -- how many are needed -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rate", "needed"), [(0.05, 19), (0.1, 9), (0.01, 99), (0.5, 1), (0.2, 4), (1 / 3, 2)])
+def test_as_many_normals_are_needed_as_the_smallest_p_asks_for(rate, needed):
+    assert normals_needed(rate) == needed
+    assert 1 / (needed + 1) <= rate + 1e-9
+    assert 1 / needed > rate or needed == 1
+
+
+# -- the mask's threshold ----------------------------------------------------------------------------------
+
+
+def test_the_threshold_is_the_ranked_maximum():
+    maxima = np.random.default_rng(0).permutation(np.arange(1.0, 40.0))  # 39 maps
+    assert mask_threshold(maxima, 0.05) == 38.0  # ceil(40 * 0.95)
+    assert mask_threshold(maxima, 0.1) == 36.0
+    assert mask_threshold(maxima, 0.5) == 20.0
+    assert mask_threshold(maxima, 0.025) == 39.0
+    assert mask_threshold(maxima, 0.01) is None
+
+
+@pytest.mark.parametrize("rate", [0.5, 0.2, 0.1, 0.05, 0.01])
+def test_there_is_a_threshold_exactly_where_there_are_enough_maps(rate):
+    for n in range(1, 120):
+        there = mask_threshold(np.arange(float(n)), rate) is not None
+        assert there == (n >= normals_needed(rate))
+
+
+@pytest.mark.parametrize(("n", "rate"), [(19, 0.05), (39, 0.1), (25, 0.2)])
+def test_a_new_healthy_map_reaches_the_threshold_as_rarely_as_promised(n, rate):
+    rng = np.random.default_rng(1)
+    trials = 4000
+    draws = rng.gumbel(size=(trials, n + 1))
+    hits = np.mean([row[-1] > mask_threshold(row[:-1], rate) for row in draws])
+    error = 2 * np.sqrt(rate * (1 - rate) / trials)
+    assert rate - 1 / (n + 1) - error <= hits <= rate + error
+
+
+# -- what healthy maps look like -----------------------------------------------------------------------------
+
+
+def maps(n: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
+    rng = np.random.default_rng(seed)
+    level = rng.random(shape)
+    return (level + 0.2 * rng.gamma(2.0, size=(n, *shape))).astype(np.float32)
+
+
+@pytest.mark.parametrize("shape", [(12, 14), (6, 7, 8)])
+@pytest.mark.parametrize("n", [3, 4, 12])
+def test_each_maximum_and_tail_leaves_its_own_map_out(shape, n):
+    """Equal to learning the others from scratch, one by one."""
+    residuals = maps(n, shape)
+    learnt = normals(residuals)
+    for index in range(n):
+        others = normals(np.delete(residuals, index, axis=0))
+        z = others.z_map(residuals[index])
+        assert learnt.maxima[index] == pytest.approx(float(z.max()), rel=1e-3)
+        assert learnt.tails[index] == pytest.approx(tail_mean(z), rel=1e-3)
+
+
+@pytest.mark.parametrize("shape", [(12, 14), (6, 7, 8)])
+def test_mean_and_spread_are_never_below_their_own_voxel_s(shape):
+    residuals = maps(15, shape)
+    learnt = normals(residuals)
+    assert learnt.mean.shape == learnt.sd.shape == shape
+    assert (learnt.mean >= residuals.mean(0) - 1e-5).all()
+    assert learnt.sd.min() > 0
+    assert np.median(learnt.sd / residuals.std(0, ddof=1)) > 0.9
+    assert (learnt.z_map(learnt.mean) == 0).all()
+
+
+def test_voxels_that_never_vary_do_not_explode():
+    residuals = maps(10, (8, 8))
+    residuals[:, :3] = 0.0
+    z = normals(residuals).z_map(np.full((8, 8), 0.001, np.float32))
+    assert np.isfinite(z).all()
+    flat = normals(np.zeros((5, 8, 8), np.float32))
+    assert np.isfinite(flat.maxima).all()
+    assert np.isfinite(flat.z_map(np.zeros((8, 8), np.float32))).all()
+
+
+def test_a_healthy_edge_one_voxel_aside_is_not_unusual():
+    """Every healthy map has its edge in row 4; a new one has it in row 5."""
+    residuals = 0.01 * maps(20, (10, 10))
+    residuals[:, 4] += np.random.default_rng(2).normal(1.0, 0.1, (20, 1))
+    learnt = normals(residuals.astype(np.float32))
+    moved, lesion = residuals[0].copy(), residuals[0].copy()
+    moved[4], moved[5] = residuals[0, 3], residuals[0, 4]
+    lesion[9] += 3.0
+    assert learnt.z_map(moved.astype(np.float32)).max() < 4
+    assert learnt.z_map(lesion.astype(np.float32)).max() > 4
+
+
+def test_a_lesion_stands_out_where_it_is():
+    residuals = maps(25, (8, 8, 8))
+    ill = residuals[-1].copy()
+    ill[2:4, 5:7, 1:3] += 8
+    z = normals(residuals[:-1]).z_map(ill)
+    assert np.unravel_index(z.argmax(), z.shape) in {(i, j, k) for i in (2, 3) for j in (5, 6) for k in (1, 2)}
+    assert tail_mean(z) > tail_mean(normals(residuals[:-1]).z_map(residuals[-1])) + 1
+
+
+@pytest.mark.parametrize(("size", "count"), [(1, 1), (100, 1), (400, 2), (10_000, 50)])
+def test_the_tail_is_the_highest_half_per_cent(size, count):
+    z = np.random.default_rng(0).permutation(np.arange(float(size)))
+    assert tail_mean(z) == pytest.approx(np.sort(z)[-count:].mean())
+
+
+@pytest.mark.parametrize("n", [19])
+def test_scoring_a_new_healthy_map_against_the_left_out_tails_is_valid(n):
+    """The whole chain: learn from n maps, score the next one, as the score of a volume does."""
+    trials, rate = 300, 0.1
+    hits = masks = 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        residuals = (rng.gamma(3.0, size=(n + 1, 5, 5, 5)) * rng.uniform(0.5, 1.5, (n + 1, 1, 1, 1))).astype(np.float32)
+        learnt = normals(residuals[:-1])
+        z = learnt.z_map(residuals[-1])
+        hits += p_value(learnt.tails, tail_mean(z)) <= rate + 1e-12
+        masks += bool(z.max() > mask_threshold(learnt.maxima, rate))
+    error = 2.6 * np.sqrt(rate * (1 - rate) / trials)
+    assert hits / trials <= rate + error
+    assert masks / trials <= rate + error
