@@ -5,6 +5,7 @@ import doctest
 import importlib
 import pkgutil
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
@@ -18,6 +19,10 @@ from medgen.cli import main
 ROOT = Path(__file__).resolve().parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data_samples/*.md")])
+RECIPES = {
+    "brain_anomaly": "--healthy data_samples/heads --new data_samples/heads_ill --minutes 0.01",
+    "chest_augment": "--data data_samples/xray --per-class 4 --minutes 0.01",
+}
 SMALL = ["fit.images=8", "model.width=8", "max_voxels=8000"]
 
 
@@ -99,6 +104,20 @@ def test_every_python_block_of_the_readme_runs(block, bench, monkeypatch):
     assert changed == block.count("medgen.train(") + block.count("medgen.augment(")
     with contextlib.redirect_stdout(None):
         exec(compile(cheap, "README.md", "exec"), {})  # noqa: S102
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda recipe: recipe.stem)
+def test_every_recipe_runs_on_the_sample_scans(recipe, bench, monkeypatch, capsys):
+    source = recipe.read_text(encoding="utf-8")
+    assert len(source.splitlines()) <= 100
+    assert "\nclass " not in source
+    assert f"python pipelines/{recipe.name}" in source
+    monkeypatch.chdir(bench)
+    monkeypatch.setattr("sys.argv", [str(recipe), "--out", recipe.stem, *RECIPES[recipe.stem].split()])
+    runpy.run_path(str(recipe), run_name="__main__")
+    assert "Research use only, not a medical device." in capsys.readouterr().out
+    assert any((bench / recipe.stem).iterdir())
 
 
 @pytest.mark.parametrize("name", ["medgen", *(m.name for m in pkgutil.walk_packages(medgen.__path__, "medgen."))])
