@@ -1,7 +1,6 @@
 """What every command shares: options, progress on stderr, and how results are told."""
 
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterator
@@ -91,9 +90,6 @@ class _Bars:
 @contextmanager
 def speaking(quiet: bool) -> Iterator[None]:
     """Show progress on stderr while the block runs, unless asked to be quiet."""
-    # lightning-fabric announces its precision once a model; that is no news to a user.
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)
-    logging.getLogger("lightning_fabric").setLevel(logging.WARNING)
     if quiet:
         yield
         return

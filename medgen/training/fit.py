@@ -1,6 +1,7 @@
 """Train any model: `forward(batch, player)` is the loss, images seen are the clock."""
 
 import copy
+import logging
 import math
 import os
 import signal
@@ -263,10 +264,15 @@ def fabric_for(device: str, precision: str, *, dims: int) -> Fabric:
     accelerator = {"cuda": "gpu"}.get(device, device)
     mixed = precision == "bfloat16" or (precision == "auto" and dims == 3 and _native_bfloat16(device))
     devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
-    fabric = Fabric(
-        accelerator=accelerator, devices=1 if devices == 1 else devices, precision="bf16-mixed" if mixed else "32-true"
-    )
-    fabric.launch()
+    # Fabric announces its precision on stderr, through a logger and a handler of its own.
+    announcer = logging.getLogger("lightning_fabric")
+    level = announcer.level
+    announcer.setLevel(logging.WARNING)
+    try:
+        fabric = Fabric(accelerator=accelerator, devices=devices, precision="bf16-mixed" if mixed else "32-true")
+        fabric.launch()
+    finally:
+        announcer.setLevel(level)
     return fabric
 
 
