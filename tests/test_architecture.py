@@ -9,6 +9,7 @@ import sys
 import tomllib
 from importlib.metadata import packages_distributions
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 from validators import tool
@@ -298,3 +299,22 @@ def test_the_version_is_one():
     citation = (ROOT / "CITATION.cff").read_text(encoding="utf-8")
     assert f"version: {PROJECT['project']['version']}\n" in citation
     assert json.dumps(PROJECT["project"]["license"]) == '"Apache-2.0"'
+
+
+def test_a_wheel_carries_the_presets_and_an_editable_install_finds_them(tmp_path):
+    command = [sys.executable, "-m", "hatchling", "build", "-t", "wheel", "-d", str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("*.whl")
+    with ZipFile(wheel) as archive:
+        archive.extractall(tmp_path / "site")
+    packed = {file.name: file.read_bytes() for file in (tmp_path / "site" / "medgen" / "presets").iterdir()}
+    assert packed == {file.name: file.read_bytes() for file in (ROOT / "configs").iterdir()}
+    assert (tmp_path / "site" / "medgen" / "py.typed").exists()
+    assert not [file for file in (tmp_path / "site").iterdir() if not file.name.startswith("medgen")]
+    code = "import medgen.config as c; print(c.__file__, *c.preset_names())"
+    run = subprocess.run(
+        [sys.executable, "-P", "-c", code], env={"PYTHONPATH": str(tmp_path / "site")}, capture_output=True, text=True
+    )
+    place, *names = run.stdout.split()
+    assert Path(place).is_relative_to(tmp_path)
+    assert names == preset_names() == sorted(file.stem for file in (ROOT / "configs").glob("*.yaml"))
