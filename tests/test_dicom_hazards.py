@@ -566,12 +566,6 @@ def test_single_slice_uses_its_thickness(tmp_path):
     np.testing.assert_allclose(scan.grid.lps[:3, 3], (-12, -10, 30))
 
 
-def test_mosaic_is_refused_with_a_hint(tmp_path):
-    kind = ["ORIGINAL", "PRIMARY", "M", "ND", "MOSAIC"]
-    factory.series(tmp_path, hu=factory.hounsfield(1), edit=lambda ds, k: setattr(ds, "ImageType", kind))
-    refused(tmp_path, UnreadableScan, "mosaic", "dcm2niix", "000.dcm")
-
-
 # -- multi-frame ---------------------------------------------------------------------------------------
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from medgen.errors import DataError, GeometryError, InconsistentSeries, UnreadableScan
+from medgen.errors import DataError, GeometryError, InconsistentSeries
 from medgen.io.dicom.read import find_series, read_series, series_header
 from medgen.io.source import ReadOptions
 
@@ -129,21 +129,6 @@ def test_parametric_map_is_skipped_with_a_reason(shared_data):
     sources, skipped = find_series([shared_data / "dicom" / "pydicom_data" / "parametric_map_float.dcm"])
     assert not sources
     assert skipped[0].reason.startswith("Parametric Map Storage")
-
-
-@pytest.mark.parametrize("number", range(1, 10))
-def test_nine_encodings_are_one_picture(shared_data, tmp_path, number):
-    original = shared_data / "dicom" / "mr_siemens_transfer_syntaxes" / f"{number}.dcm"
-    with pytest.raises(UnreadableScan, match="mosaic"):
-        read_series(only(original))
-    # Under another label the tiled picture itself must come out alike, whatever its encoding.
-    content = original.read_bytes()
-    assert content.count(b"\\MOSAIC") == 1
-    (tmp_path / "slice.dcm").write_bytes(content.replace(b"\\MOSAIC", b"\\OTHER "))
-    scan = read_series(only(tmp_path / "slice.dcm"))
-    assert scan.voxels.shape == (1, 384, 384, 1)
-    assert int(scan.voxels.sum(dtype=np.int64)) == 38036663
-    assert scan.voxels[0, 200, 100, 0] == by_simpleitk([original])[0][200, 100, 0]
 
 
 def test_every_file_is_a_source_or_skipped_and_never_a_traceback(shared_data):

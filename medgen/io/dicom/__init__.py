@@ -5,6 +5,7 @@ Start at `read` (`find_series`, `read_series`, `series_header`) or at `write` (`
     in    find        which series lie in a set of files, told by content
           file        one file parsed with distrust: bounded, nothing decoded
           elements    the few header values medgen reads
+          mosaic      Siemens mosaics: where the slices tiled into one picture lie
           frames      what each frame says of itself: place, rescale, what tells it from its twins
           series      frames sorted into one regular grid, or refused with the reason
           decode      the pictures of one file as stored integers

@@ -67,6 +67,7 @@ class PixelReader:
 
     def __init__(self, file: DicomFile, *, colour: bool = False) -> None:
         self.file, self.layout, self.colour = file, file.layout, colour
+        self._picture: tuple[int, np.ndarray] | None = None
         check_syntax(file)
         if file.syntax not in NATIVE:
             # Compressed frames are counted here, so that nobody allocates for frames that are not there.
@@ -87,6 +88,14 @@ class PixelReader:
                     raise UnreadableScan(f"{self.file.name}: truncated. Copy or export it again.")
             if self.file.big_endian:
                 out.byteswap(inplace=True)
+
+    def picture(self, index: int) -> Integer[np.ndarray, "rows columns"]:
+        """The stored values of frame `index`, kept for the next call: the tiles of a mosaic are cut from it."""
+        if self._picture is None or self._picture[0] != index:
+            values = np.empty((self.layout.rows, self.layout.columns), self.layout.dtype)
+            self.read(index, values)
+            self._picture = index, values
+        return self._picture[1]
 
     @property
     def _stored_dtype(self) -> np.dtype:

@@ -38,6 +38,8 @@ _KEYWORDS = (
     "NominalScannedPixelSpacing",
     "DiffusionBValue",
     "SeriesInstanceUID",
+    "SeriesNumber",
+    "SpacingBetweenSlices",
     "AcquisitionNumber",
     "ImagePositionPatient",
     "ImageOrientationPatient",
@@ -77,7 +79,12 @@ _KEYWORDS = (
     "SegmentedGreenPaletteColorLookupTableData",
     "SegmentedBluePaletteColorLookupTableData",
 )
+# Private elements, (group, creator, element), and the blocks of a group their creator may have taken.
+_PRIVATE = ((0x19, "SIEMENS MR HEADER", 0x0A), (0x29, "SIEMENS CSA HEADER", 0x10))
+_BLOCKS = range(0x10, 0x14)
 WANTED: list[BaseTag | int] = [BaseTag(tag_for_keyword(keyword) or 0) for keyword in _KEYWORDS]
+WANTED += [BaseTag(group << 16 | block) for group, _, _ in _PRIVATE for block in _BLOCKS]
+WANTED += [BaseTag(group << 16 | block << 8 | element) for group, _, element in _PRIVATE for block in _BLOCKS]
 _BINARY = {"US": "H", "SS": "h", "UL": "I", "SL": "i", "FL": "f", "FD": "d"}
 # What pydicom raises on hostile or damaged bytes, as found by feeding it such.
 PARSE_FAULTS = (
@@ -144,6 +151,14 @@ class Elements:
     def raw(self, keyword: str) -> bytes:
         """The bytes of an element, b'' where absent."""
         return self._raw(keyword)[0]
+
+    def private(self, group: int, creator: str, element: int) -> bytes:
+        """The bytes of a private element, b'' where absent; `creator` names whose element it is."""
+        for block in _BLOCKS:
+            owner, held = (self._raws.get(group << 16 | tag) for tag in (block, block << 8 | element))
+            if isinstance(owner, RawDataElement) and (owner.value or b"").strip(b" \0") == creator.encode():
+                return (held.value or b"") if isinstance(held, RawDataElement) else b""
+        return b""
 
     def texts(self, keyword: str) -> list[str]:
         """The values of a text element, without padding; empty where absent."""

@@ -129,6 +129,13 @@ class DicomFile:
         return "LOCALIZER" in [part.upper() for part in self.elements.texts("ImageType")[2:]]
 
     @property
+    def is_mosaic(self) -> bool:
+        """Whether the slices of a volume are tiled into one picture."""
+        tiles = self.elements.private(0x19, "SIEMENS MR HEADER", 0x0A)
+        many = len(tiles) == 2 and int.from_bytes(tiles, "big" if self.big_endian else "little") > 1
+        return many or "MOSAIC" in [part.upper() for part in self.elements.texts("ImageType")]
+
+    @property
     def patient(self) -> str:
         """A key that is equal for the files of one patient and does not tell who it is, '' where unknown."""
         identity = self.elements.raw("PatientID").strip(b" \0")

@@ -28,9 +28,8 @@ class _Entry:
     series: str
     patient: str
     modality: str
-    alone: bool
     is_localizer: bool
-    form: str
+    apart: str
     position: tuple[float, ...]
     axes: tuple[float, ...]
     cut: bool
@@ -48,7 +47,8 @@ def find_series(files: Sequence[Path], options: ReadOptions = ReadOptions()) -> 
 
     Returns:
         One Source for each volume (a series, or one multi-frame file) with its files along the slice normal, and
-        every file that was left out, with the reason.
+        every file that was left out, with the reason. Siemens mosaics of one series are one volume in several times,
+        unless their SeriesNumber differs: then they are scans of their own.
     """
     skipped: list[Skipped] = []
     series: dict[str, list[_Entry]] = defaultdict(list)
@@ -103,19 +103,34 @@ def without_localizers(files: list[T]) -> tuple[list[T], list[T]]:
 def _entry(file: DicomFile) -> _Entry:
     elements = file.elements
     axes = _place(elements, "PlaneOrientationSequence", "ImageOrientationPatient")
-    size = [elements.raw(keyword).hex() for keyword in ("Rows", "Columns", "SamplesPerPixel")]
     return _Entry(
         path=file.path,
         series=elements.text("SeriesInstanceUID"),
         patient=file.patient,
         modality=elements.code("Modality"),
-        alone=max(_lenient(elements, "NumberOfFrames") or (1,)) > 1 or is_planar(file),
         is_localizer=file.is_localizer,
-        form=f"{elements.text('FrameOfReferenceUID')} {size} {[round(n, 2) + 0.0 for n in axes]}",
+        apart=_apart(file, axes),
         position=_place(elements, "PlanePositionSequence", "ImagePositionPatient"),
         axes=axes,
         cut=file.pixels is None,
     )
+
+
+def _apart(file: DicomFile, axes: tuple[float, ...]) -> str:
+    """What sets a file apart from its series: volumes and pictures stand alone, localizers by where they look.
+
+    All other slices stay together whatever their form: if they disagree, reading says so.
+    """
+    elements = file.elements
+    if max(_lenient(elements, "NumberOfFrames") or (1,)) > 1 or is_planar(file):
+        return str(file.path)
+    if file.is_localizer:
+        size = [elements.raw(keyword).hex() for keyword in ("Rows", "Columns", "SamplesPerPixel")]
+        return f"{elements.text('FrameOfReferenceUID')} {size} {[round(n, 2) + 0.0 for n in axes]}"
+    if file.is_mosaic:
+        # Each is a whole volume. Several are its times, unless they only share the identifier of one series.
+        return f"mosaic {elements.raw('SeriesNumber').hex()}"
+    return ""
 
 
 def _lenient(elements: Elements, keyword: str) -> tuple[float, ...]:
@@ -142,13 +157,7 @@ def _groups(series: str, entries: list[_Entry]) -> list[tuple[str, list[_Entry]]
     """The files of one series as (key, files of one volume)."""
     apart: dict[str, list[_Entry]] = defaultdict(list)
     for entry in entries:
-        key = series
-        if entry.alone:
-            key += f" {entry.path}"
-        elif entry.is_localizer:
-            key += f" {entry.form}"
-        # All other slices stay together whatever their form: if they disagree, reading says so.
-        apart[key].append(entry)
+        apart[f"{series} {entry.apart}".strip()].append(entry)
     return [(key, _sorted(members)) for key, members in apart.items()]
 
 

@@ -4,13 +4,14 @@ Classic files say it once; in multi-frame files the groups of a frame override t
 """
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from medgen.errors import GeometryError, InconsistentSeries, UnreadableScan
 from medgen.io.dicom.elements import Elements
 from medgen.io.dicom.file import DicomFile
+from medgen.io.dicom.mosaic import Tiling, tiling_of
 from medgen.io.source import ReadOptions
 
 # Standard objects that are volumes or parts of one: without a position they are nowhere.
@@ -69,7 +70,7 @@ class Frame:
     """One picture in one file; `position` and `orientation` in LPS+ millimetres, empty where not stated.
 
     `spacing` is (between rows, between columns), empty where not stated; `keys` are the values by which repeated slices
-    may be told apart.
+    may be told apart. A slice of a mosaic is number `tile` of `tiling`.
     """
 
     file: DicomFile
@@ -80,10 +81,20 @@ class Frame:
     thickness: float | None
     rescale: Rescale
     keys: dict[str, float | str] = field(default_factory=dict)
+    tiling: Tiling | None = None
+    tile: int = 0
+
+    @property
+    def plane(self) -> tuple[int, int]:
+        """Rows and columns."""
+        cut = self.tiling or self.file.layout
+        return cut.rows, cut.columns
 
     @property
     def name(self) -> str:
         """File name, and frame number from 1 where the file has several."""
+        if self.tiling:
+            return f"{self.file.name} tile {self.tile + 1}"
         return self.file.name if self.file.layout.frames == 1 else f"{self.file.name} frame {self.index + 1}"
 
 
@@ -115,11 +126,22 @@ def frames_of(file: DicomFile, options: ReadOptions) -> list[Frame]:
             f"{file.name}: {layout.frames} frames without an ImagePositionPatient each: nobody knows where they lie. "
             "It is a film, or lost its geometry; convert it with the vendor's tool."
         )
+    if not groups and file.is_mosaic:
+        return _tiles(_frame(file, 0, [], options))
     if not groups:
         return [_frame(file, index, [g for g in (shared,) if g], options) for index in range(layout.frames)]
     if len(groups) != layout.frames:
         raise InconsistentSeries(f"{file.name}: {layout.frames} frames, but {len(groups)} described. It is damaged.")
     return [_frame(file, n, [g for g in (group, shared) if g], options) for n, group in enumerate(groups)]
+
+
+def _tiles(frame: Frame) -> list[Frame]:
+    """The slices of a mosaic."""
+    tiling = tiling_of(frame.file)
+    return [
+        replace(frame, position=tiling.origin + number * tiling.step, tiling=tiling, tile=number)
+        for number in range(tiling.count)
+    ]
 
 
 def _macro(groups: list[Elements], keyword: str) -> Elements | None:

@@ -87,16 +87,16 @@ def tiling_of(file: DicomFile) -> Tiling:
     if not sides or not corner or not spacing or not between or between <= 0 or min(spacing) <= 0:
         raise _refused(name, "lacks a position, an orientation or a spacing in the standard attributes")
     row, column = np.array(sides[:3]), np.array(sides[3:])
-    across_slices = np.cross(row, column)
-    side = float(normal @ across_slices)
+    upwards = np.cross(row, column)
+    side = float(normal @ upwards)
     if abs(abs(side) - 1) > _PARALLEL or abs(np.linalg.norm(normal) - 1) > _PARALLEL:
         raise _refused(name, "tells a slice normal that contradicts ImageOrientationPatient")
+    row, column, upwards = (axis / np.linalg.norm(axis) for axis in (row, column, upwards))
     rows, columns = layout.rows // across, layout.columns // across
     origin = np.array(corner) + row * spacing[1] * (layout.columns - columns) / 2
     origin += column * spacing[0] * (layout.rows - rows) / 2
     # The direction is taken from the orientation, which has more digits; the private header tells its sign.
-    step = across_slices / np.linalg.norm(across_slices) * math.copysign(between, side)
-    return Tiling(int(count), across, rows, columns, origin, step)
+    return Tiling(int(count), across, rows, columns, origin, upwards * math.copysign(between, side))
 
 
 def without_copies(files: Sequence[DicomFile]) -> list[DicomFile]:

@@ -15,6 +15,7 @@ from medgen.io.dicom.decode import LOSSY, Padding, check_syntax
 from medgen.io.dicom.file import DicomFile, open_file
 from medgen.io.dicom.find import find_series, why_not, without_localizers
 from medgen.io.dicom.frames import frames_of, is_planar
+from medgen.io.dicom.mosaic import without_copies
 from medgen.io.dicom.series import Stack, stack
 from medgen.io.dicom.voxels import (
     common_scale,
@@ -104,10 +105,6 @@ def _opened(source: Source, options: ReadOptions) -> list[DicomFile]:
 
 def _readable(file: DicomFile, options: ReadOptions) -> None:
     """Refuse pictures that are no scan, or no scan of the kind asked for."""
-    if "MOSAIC" in [part.upper() for part in file.elements.texts("ImageType")]:
-        raise UnreadableScan(
-            f"{file.name}: a Siemens mosaic: many slices tiled into one picture. Convert it with dcm2niix first."
-        )
     photometric = file.layout.photometric
     if is_colour(file) and not options.colour:
         raise UnreadableScan(
@@ -147,7 +144,7 @@ def _where(source: Source) -> str:
 def _stacked(files: list[DicomFile], source: Source, options: ReadOptions) -> Stack:
     if len(files) == 1 and is_planar(files[0]):
         return _planar(files[0], options)
-    frames = [frame for file in files for frame in frames_of(file, options)]
+    frames = [frame for file in without_copies(files) for frame in frames_of(file, options)]
     stacked = stack(frames, _where(source), options)
     if is_colour(files[0]) and len(stacked.slices) > 1:
         raise InconsistentSeries(f"{_where(source)}: several colour pictures at one place; channels hold one of them.")

@@ -77,8 +77,8 @@ def stack(frames: Sequence[Frame], where: str, options: ReadOptions) -> Stack:
     affine = np.eye(4)
     affine[:3, :3] = np.column_stack([row * between_columns, column * between_rows, step])
     affine[:3, 3] = positions[0]
-    layout = first[0].file.layout
-    grid = Grid.from_lps((layout.columns, layout.rows, count), affine)
+    rows, columns = first[0].plane
+    grid = Grid.from_lps((columns, rows, count), affine)
     target = _untilted(grid, step, normal, where, options)
     within_cap((len(channels), *(target or grid).shape), where, options)
     slices = tuple(tuple(channel[slot] if slot is not None else None for slot in slots) for channel in channels)
@@ -103,8 +103,7 @@ def _agree(frames: Sequence[Frame], where: str) -> None:
                 )
     first = frames[0]
     for frame in frames[1:]:
-        layout, reference = frame.file.layout, first.file.layout
-        if layout.form != reference.form:
+        if frame.plane != first.plane or frame.file.layout.samples != first.file.layout.samples:
             _mixed(where, "sizes", _size(first), first.name, _size(frame), frame.name)
         if np.abs(frame.orientation - first.orientation).max() > _ORIENTATION:
             _mixed(where, "orientations", _direction(first), first.name, _direction(frame), frame.name)
@@ -121,8 +120,8 @@ def _mixed(where: str, what: str, one: str, one_name: str, other: str, other_nam
 
 
 def _size(frame: Frame) -> str:
-    layout = frame.file.layout
-    return f"{layout.rows} x {layout.columns}" + (f" x {layout.samples}" if layout.samples > 1 else "")
+    rows, columns, samples = *frame.plane, frame.file.layout.samples
+    return f"{rows} x {columns}" + (f" x {samples}" if samples > 1 else "")
 
 
 def _direction(frame: Frame) -> str:

@@ -59,7 +59,7 @@ def load(stacked: Stack, scale: Scale | None) -> tuple[np.ndarray, np.ndarray | 
     layout, colour = first.file.layout, is_colour(first.file)
     stored = np.result_type(*{frame.file.layout.dtype for channel in stacked.slices for frame in channel if frame})
     kind = colour_type(layout) if colour else (stored if scale is not None else np.dtype(np.float32))
-    plane = (layout.rows, layout.columns, 3) if colour else (layout.rows, layout.columns)
+    plane = (*first.plane, 3) if colour else first.plane
     # The first file is opened before anything is allocated: what it claims to hold is checked against its bytes.
     reader = PixelReader(first.file, colour=colour)
     values = np.empty((len(stacked.slices), len(stacked.slices[0]), *plane), kind)
@@ -98,7 +98,13 @@ def _read_one(reader: PixelReader, frame: Frame, out: np.ndarray, scale: Scale |
         return None
     direct = scale is not None and out.dtype == layout.dtype
     stored = out if direct else np.empty(out.shape, layout.dtype)
-    reader.read(frame.index, stored)
+    if frame.tiling:
+        picture = reader.picture(frame.index)
+        if frame.tile == 0:
+            frame.tiling.check(picture, frame.file.name)
+        stored[...] = picture[frame.tiling.tile(frame.tile)]
+    else:
+        reader.read(frame.index, stored)
     padded = tidy(stored, layout, Padding.of(frame.file))
     if mapped := frame.rescale.mapped:
         beyond = (stored < min(mapped)) | (stored > max(mapped))
