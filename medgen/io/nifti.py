@@ -118,7 +118,7 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
         colour=colour,
         grid=grid,
         scale=Scale() if colour else _scale(head, name),
-        header=Header(space=space, photometric="RGB" if colour else "MONOCHROME2"),
+        header=Header(space=space, photometric="RGB" if colour else "MONOCHROME2", synthetic=_is_synthetic(head)),
         is_label=int(head["intent_code"]) == _LABEL_INTENT,
     )
 
@@ -237,7 +237,7 @@ def write_nifti(scan: Scan, path: Path, *, description: str = "") -> Path:
     Args:
         scan: float64 becomes float32, bool uint8, 64 bit integers int32; several channels a 4-D file.
         path: ends in .nii or .nii.gz; appears only when complete. Its folder must exist.
-        description: the header's `descrip`, ASCII below 80 characters.
+        description: the header's `descrip`, ASCII below 80 characters; '' says of a synthetic scan that it is one.
 
     Returns:
         path.
@@ -251,6 +251,8 @@ def write_nifti(scan: Scan, path: Path, *, description: str = "") -> Path:
         raise OutputError(f"{path.name}: expected a name ending in .nii or .nii.gz.")
     if len(description) >= 80 or not description.isascii():
         raise ConfigError(f"{path.name}: a NIfTI description is ASCII below 80 characters; found {len(description)}.")
+    if scan.header.synthetic and not description:
+        description = _SYNTHETIC
     voxels = _storable(_marked(scan, path.name), path.name)
     block = _header(scan, voxels.dtype, path.name, description).binaryblock + bytes(4)
     numbers = np.asfortranarray(np.moveaxis(voxels, 0, -1)).ravel("F")

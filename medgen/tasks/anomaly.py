@@ -7,6 +7,7 @@ standard deviations it lies above the healthy mean at each place (see `medgen.ta
 import csv
 import json
 from dataclasses import asdict, dataclass, field, replace
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +127,7 @@ def score(
     ordered = sorted(found, key=lambda s: (bool(s.error), 2.0 if s.p is None else s.p, -(s.unusual or 0), s.case))
     result = Scores(tuple(ordered), Path(out), rate, int(bundle.calibration.get("scans", 0)), tuple(notes))
     if result.failed == len(result.scans):
+        work.discard()
         raise DataError(f"None of the {len(result.scans)} scans could be scored; the first: {ordered[0].error}")
     _write_tables(result, work.folder)
     work.finish({"command": "score", "settings": settings, "notes": notes, "failed": result.failed})
@@ -192,6 +194,9 @@ class _Run:
         for name in ("maps", "pictures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
         name = file_name(scored.case)
+        if name != scored.case:
+            # Other names may have become the same.
+            name += f"-{sha256(scored.case.encode()).hexdigest()[:6]}"
         io.write(on_source, self.folder / "maps" / f"{name}_map.nii.gz")
         known = self.detector.normals
         threshold = None if known is None else mask_threshold(known.maxima, self.rate)
@@ -231,7 +236,7 @@ def _cond(model: Model, label: str) -> Tensor | None:
 
 def file_name(case: str) -> str:
     """A case name that is safe as a file name on every system."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in case).strip(".") or "scan"
+    return "".join(c if c.isalnum() or c in "-_." else "_" for c in case).strip(".")[:150] or "scan"
 
 
 def _from_journal(values: dict[str, Any]) -> Scored:

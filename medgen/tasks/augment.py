@@ -26,6 +26,7 @@ from medgen.models import FAMILIES, family
 from medgen.models.base import Samples
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
+from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
 from medgen.tasks.learn import learn, plan_training
 from medgen.tasks.workspace import Workspace
@@ -232,7 +233,7 @@ def _new_scan(
     bundle: Bundle, index: int, cond: Tensor | None, detector: CopyDetector | None, test: CopyTest | None, seed: int
 ) -> tuple[Tensor, int, float | None]:
     for draw in range(_MOST_DRAWS):
-        values = cast(Samples, bundle.model).sample(1, seed=seed + index + 1_000_003 * draw, cond=cond)[0].clamp(0, 1)
+        values = cast(Samples, bundle.model).sample(1, seed=derived_seed(seed, index, draw), cond=cond)[0].clamp(0, 1)
         if detector is None or test is None:
             return values, draw + 1, None
         ratio = detector.nearest(values)[0]

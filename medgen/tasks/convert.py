@@ -16,16 +16,19 @@ Identity = Literal["pseudonym", "keep"]
 
 @dataclass(frozen=True)
 class Converted:
-    """What was written and what was not."""
+    """What was written and what was not.
+
+    Args:
+        folder: where.
+        written: file or folder names in it.
+        skipped: everything left out, and why.
+        failed: how many of these are scans that could not be read or written.
+    """
 
     folder: Path
     written: tuple[str, ...]
     skipped: tuple[Skipped, ...]
-
-    @property
-    def failed(self) -> int:
-        """How many scans could not be read or written."""
-        return len(self.skipped)
+    failed: int = 0
 
 
 def convert(
@@ -59,11 +62,14 @@ def convert(
     names.guard(Path(out))
     settings = {"data": str(Path(data).resolve()), "format": format, "identity": identity, "options": vars(options)}
     work = Workspace(out, settings, force=force)
+    if work.resumed and format == "dicom" and identity == "pseudonym":
+        work.start_again()  # the key that the first pseudonyms were made with is gone
     failed: list[Skipped] = []
+    taken: set[str] = set()
     with io.opened(data) as place:
         found = io.find(place, options)
         for number, source in enumerate(track(found.sources, "Converting"), start=1):
-            name = _name(source, place, number, identity)
+            name = _unused(_name(source, place, number, identity), taken)
             if name in work.done:
                 continue
             try:
@@ -72,14 +78,31 @@ def convert(
                 note(f"Skipped {Path(source.path).name}: {error}")
                 failed.append(Skipped(source.path, str(error)))
     if not work.done:
+        work.discard()
         first = failed[0].reason if failed else "there is no scan"
         raise DataError(f"Nothing of {Path(data).name} could be converted: {first}")
     if table:
         names.save()
     written = tuple(str(path) for path in work.done.values())
+    count = len(failed) + sum(_seems_a_scan(one) for one in found.skipped)
     stated = {"path": "see log", "settings": {k: v for k, v in settings.items() if k != "data"}}
-    work.finish({"command": "convert", **stated, "written": written, "failed": len(failed)})
-    return Converted(Path(out), written, (*failed, *found.skipped) if not failed else tuple(failed))
+    work.finish({"command": "convert", **stated, "written": written, "failed": count})
+    return Converted(Path(out), written, (*failed, *found.skipped), count)
+
+
+def _seems_a_scan(skipped: Skipped) -> bool:
+    """Whether a file that was not even tried calls itself one, and is no report or scout either."""
+    named = Path(skipped.path).suffix.lower() in (".dcm", ".ima", ".npz")
+    return named and not any(what in skipped.reason for what in ("not an image to read", "localizer"))
+
+
+def _unused(name: str, taken: set[str]) -> str:
+    """`name`, or with the first number that makes it unlike those given before; capitals make no difference."""
+    chosen, number = name, 2
+    while chosen.lower() in taken:
+        chosen, number = f"{name}-{number}", number + 1
+    taken.add(chosen.lower())
+    return chosen
 
 
 def _name(source: Source, place: Path, number: int, identity: Identity) -> str:

@@ -29,6 +29,7 @@ from medgen.report.pictures import contact_sheet
 from medgen.tasks.detector import calibrate
 from medgen.tasks.workspace import Workspace
 from medgen.training.fit import FitConfig, fit, images_in
+from medgen.training.state import Progress
 
 # Scans read to find a recipe; a fingerprint needs no more.
 _LOOKED_AT = 64
@@ -178,7 +179,17 @@ def learn(
         f"Training {plan.preset} ({count_parameters(model):,} parameters) on {len(train_set)} scans of "
         f"{' x '.join(map(str, plan.model.shape))} voxels; at most {settings.images:,} images."
     )
-    reached = fit(model, train_set, val_set, settings, seed=seed, device=device, state_folder=work.folder / "training")
+    seconds = None if plan.minutes is None else 60 * plan.minutes
+    reached = fit(
+        model,
+        train_set,
+        val_set,
+        settings,
+        seed=seed,
+        device=device,
+        state_folder=work.folder / "training",
+        seconds=seconds,
+    )
     model.finalise(batch.to(_device(model)) for batch in train_set.batches(settings.batch_size))
     model.cpu()
     contract = _contract(plan, train_set)
@@ -198,7 +209,7 @@ def learn(
             "manifest_sha256": plan.manifest.hash(),
             "images_seen": reached.seen,
             "best_images_seen": reached.best_seen,
-            "stopped": "early" if reached.stale >= settings.patience else "at the planned number of images",
+            "stopped": _why_stopped(reached, settings),
             "seed": seed,
             "minutes": round((time.monotonic() - begun) / 60, 2),
             "device": "cuda" if torch.cuda.is_available() and device in ("auto", "cuda") else "cpu",
@@ -339,6 +350,12 @@ def _metrics(
             bounds.append(cast(BoundsDensity, model).elbo(batch.x, batch.cond) / batch.x[0].numel())
     named = {"held_out_scans": len(data), "held_out_psnr_db": round(float(torch.cat(ratios).mean()), 2)}
     return named | ({"held_out_elbo_nats_per_voxel": round(float(torch.cat(bounds).mean()), 4)} if bounds else {})
+
+
+def _why_stopped(reached: Progress, settings: FitConfig) -> str:
+    if reached.stale >= settings.patience:
+        return "early: no better on held-out scans"
+    return "at the planned images" if reached.seen >= settings.images else "when the time was up"
 
 
 def _cycled(classes: Sequence[str], count: int) -> torch.Tensor | None:

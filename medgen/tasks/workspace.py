@@ -13,7 +13,7 @@ from typing import Any
 
 from medgen.errors import OutputError
 
-_JOURNAL = "journal.json"
+_JOURNAL, _MANIFEST = "journal.json", "run.json"
 
 
 class Workspace:
@@ -28,7 +28,7 @@ class Workspace:
         force: replace `out` and discard an unfinished run with other settings.
 
     Raises:
-        OutputError: `out` exists, or holds an unfinished run with other settings.
+        OutputError: `out` exists, or holds an unfinished run with other settings, or is somebody else's.
     """
 
     def __init__(self, out: str | Path, settings: Mapping[str, Any], *, force: bool = False) -> None:
@@ -37,6 +37,11 @@ class Workspace:
         self._started = time.monotonic()
         if self.out.exists() and not force:
             raise OutputError(f"{self.out} exists already. Choose another -o, or pass --force to replace it.")
+        if self.out.exists() and not _replaceable(self.out):
+            raise OutputError(
+                f"{self.out} was not made by medgen (there is no {_MANIFEST} in it): --force does not replace it. "
+                "Choose another -o, or move it away."
+            )
         signature = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self.journal: dict[str, Any] = {"signature": signature, "done": {}}
         self.resumed = False
@@ -48,6 +53,10 @@ class Workspace:
 
     def _take_over(self, signature: str, force: bool) -> None:
         place = self.folder / _JOURNAL
+        if not place.exists() and any(path.name != f"{_JOURNAL}.part" for path in self.folder.iterdir()):
+            raise OutputError(
+                f"{self.folder} is no unfinished run of medgen. Move it away, or choose another -o than {self.out.name}."
+            )
         try:
             journal = json.loads(place.read_text())
         except (OSError, json.JSONDecodeError):
@@ -79,7 +88,16 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"Cannot write {part}: {error.strerror}. Free some space and run again.") from error
 
-    def finish(self, manifest: Mapping[str, Any], *, keep: str = "run.json") -> Path:
+    def start_again(self) -> None:
+        """Throw away what an interrupted run left."""
+        shutil.rmtree(self.folder)
+        self.journal["done"], self.resumed = {}, False
+
+    def discard(self) -> None:
+        """Leave nothing behind: there is nothing worth going on from."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+
+    def finish(self, manifest: Mapping[str, Any]) -> Path:
         """Write the run manifest, drop what only resuming needed, and give the folder its final name."""
         stated = {
             "medgen": version("medgen"),
@@ -90,7 +108,7 @@ class Workspace:
             **manifest,
         }
         try:
-            (self.folder / keep).write_text(json.dumps(stated, indent=1, default=str) + "\n")
+            (self.folder / _MANIFEST).write_text(json.dumps(stated, indent=1, default=str) + "\n")
             (self.folder / _JOURNAL).unlink(missing_ok=True)
             shutil.rmtree(self.folder / "training", ignore_errors=True)
             if self.out.is_dir():
@@ -99,6 +117,11 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"Cannot finish {self.out}: {error.strerror}.") from error
         return self.out
+
+
+def _replaceable(out: Path) -> bool:
+    """Whether this is an output of medgen, or an empty folder, and not somebody's home."""
+    return out.is_dir() and ((out / _MANIFEST).is_file() or not any(out.iterdir()))
 
 
 __all__ = ["Workspace"]

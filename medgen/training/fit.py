@@ -72,6 +72,7 @@ def fit(
     seed: int = 0,
     device: str = "auto",
     state_folder: Path | None = None,
+    seconds: float | None = None,
 ) -> Progress:
     """Train `model` in place; it ends with the averaged weights of the best validation.
 
@@ -86,12 +87,14 @@ def fit(
         seed: of data order, augmentation and noise.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         state_folder: where to keep the state for resuming; None keeps none.
+        seconds: training time, all sessions together, after which the next validation is the last.
 
     Raises:
         TrainingError: a loss is not finite (the message names its term), or memory ran out.
         KeyboardInterrupt: Ctrl-C; the state was saved at the end of the running step.
     """
     run = _Run(model, train, val, config, seed=seed, device=device, state_folder=state_folder)
+    run.seconds = seconds
     try:
         run.train()
     except RuntimeError as error:  # CUDA's is a subclass, the CPU's is told by its words alone
@@ -118,6 +121,7 @@ class _Run:
     ) -> None:
         self.model, self.data, self.val, self.config, self.seed = model, train, val, config, seed
         self.folder = state_folder
+        self.seconds: float | None = None
         self.draws = Draws(train, config.augment, seed=seed)
         self.fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
         self.facts = {"fit": config.model_dump(), "model": model.config.model_dump(), "seed": seed, "scans": len(train)}
@@ -144,6 +148,7 @@ class _Run:
     def train(self) -> None:
         """Until the images are seen, or validation says enough."""
         config, done = self.config, self.progress
+        before_this, began = done.seconds, time.monotonic()
         every = max(config.batch_size, config.images // config.validations)
         started, saved_at = time.monotonic(), time.monotonic()
         with _interruption() as interrupted, progress("Training (images seen)", config.images) as bar:
@@ -156,6 +161,7 @@ class _Run:
                 self.average.update(self.model, images=config.batch_size, seen=done.seen)
                 if done.seen // every > before // every or done.seen >= config.images:
                     self._validate(loss)
+                    self._watch_clock(before_this + time.monotonic() - began)
                 bar.advance(config.batch_size, f"loss {loss:.4g}")
                 clock = time.monotonic()
                 if self.folder and (interrupted.is_set() or clock - saved_at > 60):
@@ -209,6 +215,13 @@ class _Run:
         if done.stale >= self.config.patience:
             note(f"Stopped early after {done.seen:,} images: no better on held-out scans since {done.best_seen:,}.")
         done.finished = done.seen >= self.config.images or done.stale >= self.config.patience
+
+    def _watch_clock(self, spent: float) -> None:
+        """Stop when the time is up: a machine that became busy must not take hours instead of minutes."""
+        done = self.progress
+        if self.seconds is not None and spent > self.seconds and not done.finished:
+            done.finished = True
+            note(f"Stopped after {done.seen:,} of {self.config.images:,} images: the training time is up.")
 
     @torch.no_grad()
     def _held_out_loss(self, val: ScanDataset) -> float:

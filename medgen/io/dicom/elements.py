@@ -64,6 +64,7 @@ _KEYWORDS = (
     "RescaleSlope",
     "RescaleType",
     "ModalityLUTSequence",
+    "MultienergyCTAcquisition",
     "LossyImageCompression",
     "RealWorldValueMappingSequence",
     "Units",

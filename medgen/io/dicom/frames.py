@@ -215,11 +215,23 @@ def _rescale(file: DicomFile, groups: list[Elements], options: ReadOptions) -> R
         return Rescale()
     if slope == 0:
         raise UnreadableScan(f"{file.name}: a rescale slope of 0 would make every voxel equal. Export it again.")
-    # Many writers label plain CT 'unspecified'; in multi-frame CT that word means another quantity, such as flow.
-    unsaid = ("",) if file.is_multiframe else ("", "US")
-    hounsfield = kind == "HU" or (file.elements.code("Modality") == "CT" and kind in unsaid)
-    unit = "HU" if hounsfield else file.elements.code("Units")
+    unit = "HU" if kind == "HU" or _implies_hounsfield(file, groups, kind) else file.elements.code("Units")
     return Rescale(1.0 if slope is None else slope, intercept or 0.0, unit)
+
+
+def _implies_hounsfield(file: DicomFile, groups: list[Elements], kind: str) -> bool:
+    """Whether CT without a stated unit is in Hounsfield units, as PS3.3 C.8.2.1 and C.8.15.3.10 have it.
+
+    In a CT Image, Rescale Type may only be left out where it is HU. An original picture other than a localizer shall
+    be in HU, so 'unspecified' (US) beside it says nothing; a derived one that says so is of another quantity, such as
+    blood flow. Acquisitions of several energies are in HU only where they say so.
+    """
+    if "CT Image" not in file.kind or kind not in ("", "US") or file.elements.code("MultienergyCTAcquisition") == "YES":
+        return False
+    own = _macro(groups, "CTImageFrameTypeSequence")
+    parts = [part.upper() for part in (own.texts("FrameType") if own else file.elements.texts("ImageType"))]
+    original = parts[:1] == ["ORIGINAL"] and parts[2:3] != ["LOCALIZER"]
+    return original or (kind == "" and not file.is_multiframe)
 
 
 def _lut(file: DicomFile, item: Elements) -> Rescale:
