@@ -31,6 +31,9 @@ _MAGIC = ((Nifti1Header, 344, b"n+1\0"), (Nifti2Header, 4, b"n+2\0\r\n\x1a\n"))
 _RGB24 = 128
 _LABEL_INTENT = 1002
 _CHUNK = 1 << 20
+# How a description begins that says nobody was scanned, and all of it where nothing more is told.
+_SYNTHETIC_MARK = "SYNTHETIC"
+_SYNTHETIC = f"{_SYNTHETIC_MARK}: generated, shows nobody"
 # Deflate cannot shrink anything more than this.
 _DEFLATE_LIMIT = 1032
 
@@ -111,6 +114,7 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
             "Convert it to float32 first (complex, RGBA and 128 bit numbers are not read)."
         )
     grid, space = grid_of(head, shape[1:], name, options)
+    synthetic = bytes(head["descrip"]).startswith(_SYNTHETIC_MARK.encode())
     return _Layout(
         shape=(3, *shape[1:]) if colour else shape,
         dtype=np.dtype(kind).newbyteorder(head.endianness),
@@ -118,7 +122,7 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
         colour=colour,
         grid=grid,
         scale=Scale() if colour else _scale(head, name),
-        header=Header(space=space, photometric="RGB" if colour else "MONOCHROME2", synthetic=_is_synthetic(head)),
+        header=Header(space=space, photometric="RGB" if colour else "MONOCHROME2", synthetic=synthetic),
         is_label=int(head["intent_code"]) == _LABEL_INTENT,
     )
 

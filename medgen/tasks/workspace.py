@@ -54,9 +54,7 @@ class Workspace:
     def _take_over(self, signature: str, force: bool) -> None:
         place = self.folder / _JOURNAL
         if not place.exists() and any(path.name != f"{_JOURNAL}.part" for path in self.folder.iterdir()):
-            raise OutputError(
-                f"{self.folder} is no unfinished run of medgen. Move it away, or choose another -o than {self.out.name}."
-            )
+            raise OutputError(f"{self.folder} is no unfinished run of medgen. Move it away, or choose another -o.")
         try:
             journal = json.loads(place.read_text())
         except (OSError, json.JSONDecodeError):
