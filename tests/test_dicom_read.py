@@ -403,6 +403,58 @@ def test_impossible_slopes(tmp_path, slope, error):
         read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("image_type", "rescale_type", "energies", "unit"),
+    [
+        ("ORIGINAL PRIMARY AXIAL", None, None, "HU"),
+        ("ORIGINAL PRIMARY AXIAL", "HU", None, "HU"),
+        ("ORIGINAL PRIMARY AXIAL", "US", None, "HU"),  # originals shall be in HU, whatever a writer's label says
+        ("ORIGINAL PRIMARY AXIAL", "US", "NO", "HU"),
+        ("ORIGINAL PRIMARY AXIAL", "US", "YES", ""),
+        ("ORIGINAL PRIMARY AXIAL", "HU", "YES", "HU"),
+        ("ORIGINAL PRIMARY LOCALIZER", "US", None, ""),
+        ("DERIVED SECONDARY AXIAL", None, None, "HU"),
+        ("DERIVED SECONDARY AXIAL", "US", None, ""),
+        ("DERIVED SECONDARY AXIAL", "Z_EFF", None, ""),
+    ],
+)
+def test_which_ct_is_in_hounsfield_units(tmp_path, image_type, rescale_type, energies, unit):
+    def edit(ds, k):
+        ds.ImageType = image_type.split()
+        del ds.RescaleType
+        if rescale_type:
+            ds.RescaleType = rescale_type
+        if energies:
+            ds.MultienergyCTAcquisition = energies
+
+    factory.series(tmp_path, edit=edit)
+    assert read(tmp_path).scale.unit == unit
+
+
+@pytest.mark.parametrize(
+    ("frame_type", "rescale_type", "unit"),
+    [
+        ("ORIGINAL PRIMARY VOLUME NONE", "US", "HU"),
+        ("ORIGINAL PRIMARY VOLUME NONE", None, "HU"),
+        ("DERIVED PRIMARY PERFUSION RCBF", "HU", "HU"),
+        ("DERIVED PRIMARY PERFUSION RCBF", "US", ""),
+        ("DERIVED PRIMARY PERFUSION RCBF", None, ""),
+    ],
+)
+def test_which_enhanced_ct_is_in_hounsfield_units(tmp_path, frame_type, rescale_type, unit):
+    path = factory.enhanced_ct(tmp_path).files[0]
+    ds = dcmread(path)
+    ds.ImageType, kind = ["MIXED", "PRIMARY", "VOLUME", "NONE"], Dataset()
+    kind.FrameType = frame_type.split()
+    shared = ds.SharedFunctionalGroupsSequence[0]
+    shared.CTImageFrameTypeSequence = Items([kind])
+    del shared.PixelValueTransformationSequence[0].RescaleType
+    if rescale_type:
+        shared.PixelValueTransformationSequence[0].RescaleType = rescale_type
+    ds.save_as(path)
+    assert read(tmp_path).scale.unit == unit
+
+
 def test_units_differ_inside_a_series(tmp_path):
     factory.series(tmp_path, edit=lambda ds, k: setattr(ds, "RescaleType", "HU" if k else "OD"))
     with pytest.raises(InconsistentSeries, match="unit"):
