@@ -21,6 +21,7 @@ from medgen.bundle import Bundle
 from medgen.data.dataset import model_view
 from medgen.data.manifest import index
 from medgen.errors import BundleError, DataError, MedgenError
+from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.models.base import Model
@@ -163,8 +164,8 @@ class _Run:
         try:
             source = io.read(path, self.options)
             warnings = self.bundle.contract.check(source)
+            warnings += _field_of_view(source.grid, self.bundle.recipe.grid(source))
             prepared = self.bundle.recipe(source)
-            warnings += _field_of_view(source, prepared)
             device = next(self.detector.model.parameters()).device
             x = model_view(prepared)[None].to(device)
             score, z = self.detector(x, _cond(self.detector.model, label))
@@ -211,15 +212,15 @@ class _Run:
         return scored
 
 
-def _field_of_view(source: Scan, prepared: Scan) -> list[str]:
+def _field_of_view(source: Grid, window: Grid) -> list[str]:
     """Refuse a scan that the model's window misses; warn when much of the window is empty.
 
     Raises:
         BundleError: less than a third of the window lies inside the scan.
     """
-    window = np.stack(np.meshgrid(*[np.linspace(0, n - 1, 9) for n in prepared.grid.shape], indexing="ij"), -1)
-    index_of = source.grid.index(prepared.grid.world(window.reshape(-1, 3)))
-    inside = ((index_of > -0.51) & (index_of < np.asarray(source.grid.shape) - 0.49)).all(1).mean()
+    places = np.stack(np.meshgrid(*[np.linspace(0, n - 1, 9) for n in window.shape], indexing="ij"), -1)
+    index_of = source.index(window.world(places.reshape(-1, 3)))
+    inside = ((index_of > -0.51) & (index_of < np.asarray(source.shape) - 0.49)).all(1).mean()
     if inside < 1 / 3:
         raise BundleError(
             f"Only {inside:.0%} of the model's field of view lies inside this scan: another body part, or another "
