@@ -6,19 +6,38 @@ from typing import Annotated, Literal
 import typer
 
 from medgen.cli import app
-from medgen.cli.shared import AsJson, Data, DryRun, Force, OnGap, OnTilt, Out, Quiet, Xform, reading, say, speaking
+from medgen.cli.shared import (
+    AsJson,
+    Colour,
+    Data,
+    DryRun,
+    Force,
+    OnGap,
+    OnTilt,
+    Out,
+    Quiet,
+    Xform,
+    reading,
+    say,
+    speaking,
+)
 
 _SHOWN = 40
 
 
 @app.command()
 def info(
-    data: Data, as_json: AsJson = False, on_gap: OnGap = "error", on_tilt: OnTilt = "error", xform: Xform = "error"
+    data: Data,
+    as_json: AsJson = False,
+    on_gap: OnGap = "error",
+    on_tilt: OnTilt = "error",
+    xform: Xform = "error",
+    colour: Colour = False,
 ):
     """What a file or folder holds: scans, sizes, spacing, and what was skipped and why."""
     from medgen.tasks.look import info as look
 
-    told = look(data, reading(on_gap, on_tilt, xform))
+    told = look(data, reading(on_gap, on_tilt, xform, colour))
     lines = [f"{len(told['scans'])} scans, {len(told['skipped'])} other files in {data}"]
     for scan in told["scans"][:_SHOWN]:
         name = Path(scan["path"]).name
@@ -49,15 +68,16 @@ def convert(
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
     xform: Xform = "error",
+    colour: Colour = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
     """The same scans in another format, on the same millimetres, in the same units."""
-    options = reading(on_gap, on_tilt, xform)
+    options = reading(on_gap, on_tilt, xform, colour)
     if dry_run:
-        info(data, as_json, on_gap, on_tilt, xform)
+        info(data, as_json, on_gap, on_tilt, xform, colour)
         return
     from medgen.tasks.convert import convert as run
 

@@ -7,6 +7,7 @@ import typer
 from medgen.cli import app
 from medgen.cli.shared import (
     AsJson,
+    Colour,
     Data,
     Device,
     Domain,
@@ -56,13 +57,14 @@ def train(
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
     xform: Xform = "error",
+    colour: Colour = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
     """Learn what the scans of a folder look like and keep it as a bundle."""
-    options = reading(on_gap, on_tilt, xform)
+    options = reading(on_gap, on_tilt, xform, colour)
     choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
     with speaking(quiet):
         if dry_run:

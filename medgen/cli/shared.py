@@ -32,14 +32,15 @@ Form = Literal["error", "sform", "qform"]
 OnGap = Annotated[Gap, typer.Option(help="Missing or uneven DICOM slices.")]
 OnTilt = Annotated[Tilt, typer.Option(help="Tilted gantry.")]
 Xform = Annotated[Form, typer.Option(help="NIfTI whose sform and qform disagree.")]
+Colour = Annotated[bool, typer.Option("--colour", help="Take RGB pictures as three channels instead of refusing them.")]
 
 # Seconds between progress lines where there is no terminal to draw a bar on.
 _EVERY = 20
 
 
-def reading(on_gap: Gap = "error", on_tilt: Tilt = "error", xform: Form = "error") -> ReadOptions:
+def reading(on_gap: Gap = "error", on_tilt: Tilt = "error", xform: Form = "error", colour: bool = False) -> ReadOptions:
     """Reading options from the command line."""
-    return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform)
+    return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform, colour=colour)
 
 
 class _Bars:
@@ -106,6 +107,6 @@ def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
 
 
 __all__ = [
-    "AsJson", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes", "OnGap", "OnTilt", "Out", "Preset",
-    "Quiet", "Seed", "Set", "Xform", "reading", "say", "speaking",
+    "AsJson", "Colour", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes", "OnGap", "OnTilt", "Out",
+    "Preset", "Quiet", "Seed", "Set", "Xform", "reading", "say", "speaking",
 ]  # fmt: skip

@@ -9,6 +9,7 @@ from medgen.cli import app
 from medgen.cli.model import show_plan
 from medgen.cli.shared import (
     AsJson,
+    Colour,
     Data,
     Device,
     Domain,
@@ -50,13 +51,14 @@ def augment(
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
     xform: Xform = "error",
+    colour: Colour = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
     """Learn a folder and write synthetic scans in the folder's own format; none copies a patient."""
-    options = reading(on_gap, on_tilt, xform)
+    options = reading(on_gap, on_tilt, xform, colour)
     choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
     with speaking(quiet):
         if dry_run:
@@ -90,13 +92,14 @@ def score(
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
     xform: Xform = "error",
+    colour: Colour = False,
     force: Force = False,
     dry_run: DryRun = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
     """One number and one map per scan: does it belong to what the bundle has learned?"""
-    options = reading(on_gap, on_tilt, xform)
+    options = reading(on_gap, on_tilt, xform, colour)
     with speaking(quiet):
         if dry_run:
             from medgen.tasks.look import info

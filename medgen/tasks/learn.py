@@ -2,7 +2,7 @@
 
 import os
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -26,6 +26,7 @@ from medgen.models import build, family
 from medgen.models.base import BoundsDensity, Model, ModelConfig, Reconstructs, Samples
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
+from medgen.scan import Scan
 from medgen.tasks.detector import calibrate
 from medgen.tasks.workspace import Workspace
 from medgen.training.fit import FitConfig, fit, images_in
@@ -256,17 +257,23 @@ def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manife
     return manifest
 
 
-def _readable(manifest: Manifest, options: ReadOptions):
-    """The first scans that can be read; whatever cannot is named when the dataset is built."""
-    seen = 0
+def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:
+    """The first scans that can be read; whatever cannot is named when the dataset is built.
+
+    Raises:
+        DataError: none of them can be read; says why not the first.
+    """
+    seen, first = 0, None
     for row in track(manifest.rows[: 2 * _LOOKED_AT], "Looking at scans"):
         if seen >= _LOOKED_AT:
             return
         try:
             yield io.read(manifest.locate(row.path), options)
             seen += 1
-        except MedgenError:
-            continue
+        except MedgenError as error:
+            first = first or error
+    if not seen:
+        raise DataError(f"None of {len(manifest)} scans in {manifest.root.name} could be read; the first: {first}")
 
 
 def _recipe(preset: Preset, found: Fingerprint) -> Recipe:
