@@ -325,8 +325,8 @@ def test_quantising_is_never_off_by_more_than_half_a_step(voxels, rule, unit):
     scan = Scan(voxels, Grid(voxels.shape[1:], np.eye(4)), Scale(unit=unit))
     stored = store(scan, 0, rule)
     decoded = stored.values.astype(np.float64) * stored.scale.slope + stored.scale.intercept
-    # Slope and intercept are written with sixteen characters, which with an exponent leaves eleven digits.
-    allowed = abs(stored.scale.slope) / 2 + 1e-6 * np.ptp(voxels.astype(np.float64)) + 1e-11 * np.abs(voxels).max()
+    # Slope and intercept are written with sixteen characters, which with a sign and an exponent leaves ten digits.
+    allowed = abs(stored.scale.slope) / 2 + 1e-6 * np.ptp(voxels.astype(np.float64)) + 2e-10 * np.abs(voxels).max()
     assert np.abs(decoded - voxels[0].astype(np.float64)).max() <= allowed
 
 
