@@ -275,7 +275,7 @@ def test_dependencies_are_declared_used_and_pinned():
     homes = packages_distributions()
     used = {distribution(homes[name][0]) for name in imported if name in homes}
     optional = {distribution(r) for extra in PROJECT["project"]["optional-dependencies"].values() for r in extra}
-    plugins = {"pylibjpeg", "pylibjpeg-openjpeg", "pylibjpeg-rle", "pyjpegls"}  # pydicom finds them by itself
+    plugins = {"pylibjpeg", "pylibjpeg-openjpeg", "pyjpegls"}  # pydicom finds them by itself
     assert used - optional - declared == set()
     assert declared - used - plugins == set()
     lines = (ROOT / "constraints.txt").read_text(encoding="utf-8").splitlines()
