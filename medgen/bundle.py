@@ -25,7 +25,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from medgen.data.recipe import Recipe
-from medgen.errors import BundleError, ConfigError, GeometryError
+from medgen.errors import BundleError, ConfigError, GeometryError, OutputError
 from medgen.grid import Grid
 from medgen.models import build, config_of
 from medgen.models.base import Model, ModelConfig
@@ -175,7 +175,17 @@ class Bundle:
         return "+".join(model.config.kind for model in self.models.values())
 
     def save(self, folder: Path) -> str:
-        """Write the bundle's files into an existing folder; returns the sha256 of the weights."""
+        """Write the bundle's files into an existing folder; returns the sha256 of the weights.
+
+        Raises:
+            OutputError: the disk is full, or refuses.
+        """
+        try:
+            return self._written(folder)
+        except (OSError, SafetensorError) as error:
+            raise OutputError(f"Cannot write the bundle {folder.name}: {error}. Free some space, run again.") from error
+
+    def _written(self, folder: Path) -> str:
         weights = {f"{name}.{key}": _plain(t) for name, m in self.models.items() for key, t in m.state_dict().items()}
         save_file(weights, folder / _FILES[0])
         if self.tensors:

@@ -6,6 +6,8 @@ import typer
 
 from medgen.errors import MedgenError
 
+_INTERRUPTED = 130
+
 app = typer.Typer(
     name="medgen",
     help="Learn what a set of scans looks like; make more of them; find the ones that do not belong.\n\n"
@@ -25,9 +27,15 @@ def main() -> None:
     except MedgenError as error:
         sys.stderr.write(f"Error: {error}\n")
         raise SystemExit(error.exit_code) from None
-    except KeyboardInterrupt:
-        sys.stderr.write("Interrupted. Run the same command again to go on from here.\n")
-        raise SystemExit(130) from None
+    except OSError as error:
+        place = f" with {error.filename}" if error.filename else ""
+        sys.stderr.write(f"Error: The system says{place}: {error.strerror or error}.\n")
+        raise SystemExit(3) from None
+    except SystemExit as stopped:
+        # Typer turns Ctrl-C into this code, and says nothing.
+        if stopped.code == _INTERRUPTED:
+            sys.stderr.write("Interrupted. Run the same command again to go on from here.\n")
+        raise
 
 
 __all__ = ["app", "main"]

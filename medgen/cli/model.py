@@ -80,7 +80,9 @@ def show_plan(data, options, choices: dict, as_json: bool) -> None:
     """Print what a training run would do."""
     import yaml
 
+    from medgen.io import opened
     from medgen.tasks.learn import plan_training
 
-    plan = plan_training(data, **choices, options=options).describe()
+    with opened(data) as place:
+        plan = plan_training(place, **choices, options=options).describe()
     say([yaml.safe_dump(plan, sort_keys=False).rstrip()], plan, as_json)

@@ -13,7 +13,7 @@ import typer
 from medgen.io.source import ReadOptions
 from medgen.log import reporting
 
-Data = Annotated[Path, typer.Argument(help="File, folder, DICOM series, .npz or CSV.", show_default=False)]
+Data = Annotated[Path, typer.Argument(help="File, folder, DICOM series, zip, .npz or CSV.", show_default=False)]
 Out = Annotated[Path, typer.Option("-o", "--out", help="Output folder; must not exist.", show_default=False)]
 Force = Annotated[bool, typer.Option("--force", help="Replace an existing output.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print the result as JSON on stdout.")]

@@ -20,7 +20,7 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import model_view
 from medgen.data.manifest import index
-from medgen.errors import BundleError, DataError, MedgenError
+from medgen.errors import BundleError, DataError, MedgenError, OutputError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
@@ -94,7 +94,7 @@ def score(
     `pictures/CASE.png`.
 
     Args:
-        scans: file, folder, DICOM series, .npz or CSV.
+        scans: file, folder, DICOM series, zip, .npz or CSV.
         bundle: made by `train`.
         out: a folder that must not exist.
         rate: false-alarm rate for `flagged`, and for marking anything at all in a healthy scan.
@@ -111,26 +111,30 @@ def score(
     detector = Detector.of(bundle)
     target = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     bundle.model.to(target)
-    manifest = index(scans, options)
     notes = _limits(bundle, rate)
     for sentence in notes:
         note(sentence)
     settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "rate": rate, "maps": maps}
     work = Workspace(out, settings, force=force)
     run = _Run(bundle, detector, work.folder, rate, maps, options)
-    for row in track(manifest.rows, "Scoring"):
-        if row.case not in work.done:
-            scored = run.score(manifest.locate(row.path), row.case, row.label)
-            if scored.error:
-                note(f"Skipped {row.case}: {scored.error}")
-            work.record(row.case, asdict(scored))
+    with io.opened(scans) as place:
+        manifest = index(place, options)
+        work.record()
+        for row in track(manifest.rows, "Scoring"):
+            if row.case not in work.done:
+                with work.writing():
+                    scored = run.score(manifest.locate(row.path), row.case, row.label)
+                if scored.error:
+                    note(f"Skipped {row.case}: {scored.error}")
+                work.record(row.case, asdict(scored))
     found = [_from_journal(work.done[row.case]) for row in manifest.rows]
     ordered = sorted(found, key=lambda s: (bool(s.error), 2.0 if s.p is None else s.p, -(s.unusual or 0), s.case))
     result = Scores(tuple(ordered), Path(out), rate, int(bundle.calibration.get("scans", 0)), tuple(notes))
     if result.failed == len(result.scans):
         work.discard()
         raise DataError(f"None of the {len(result.scans)} scans could be scored; the first: {ordered[0].error}")
-    _write_tables(result, work.folder)
+    with work.writing():
+        _write_tables(result, work.folder)
     work.finish({"command": "score", "settings": settings, "notes": notes, "failed": result.failed})
     return result
 
@@ -174,6 +178,8 @@ class _Run:
                 return scored
             scored = replace(scored, z_max=round(float(z.max()), 3))
             return self._written(source, prepared, z, scored) if self.maps else scored
+        except OutputError:
+            raise  # the disk is to blame, not the scan
         except MedgenError as error:
             return Scored(case, error=str(error))
 

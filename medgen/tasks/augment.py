@@ -80,7 +80,7 @@ def augment(
     `contact_sheet.png`, `run.json` and the trained `bundle`.
 
     Args:
-        data: a folder, CSV or .npz of scans.
+        data: a folder, zip, CSV or .npz of scans.
         out: a folder that must not exist.
         n: how many scans in all; default 20, or as many as there are classes times ten.
         per_class: how many of each class instead.
@@ -98,39 +98,41 @@ def augment(
         "seed": seed, "options": vars(options),
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
-    plan = plan_training(
-        data,
-        preset=preset,
-        label=label,
-        domain=domain,
-        overrides=overrides,
-        minutes=minutes,
-        options=options,
-        seed=seed,
-    )
-    given = None if bundle is None else Bundle.load(bundle)
-    if given:
-        _require_sampling(given)
-    wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
-    chosen = _format(format, plan.manifest)
-    first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
-    bound = "" if bundle or minutes is None else f" for at most {minutes:g} minutes"
-    note(f"Plan: {first}{bound}, then write {len(wanted)} synthetic scans ({chosen}) to {out}.")
-    work.record()
-    if given:
-        trained = given
-    elif "bundle" in work.done:
-        trained = Bundle.load(work.folder / "bundle")
-    else:
-        trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
-        work.record("bundle")
-    _require_sampling(trained)
-    detector, test = _copy_detector(plan.manifest, trained, options, seed)
-    written, rejected = _generate(trained, wanted, chosen, detector, test, work, seed)
-    _finish_files(written, trained, chosen, work, seed)
-    facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict() if test else None}
-    work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
-    return Augmented(Path(out), len(written), rejected, test, chosen)
+    with io.opened(data) as place:
+        plan = plan_training(
+            place,
+            preset=preset,
+            label=label,
+            domain=domain,
+            overrides=overrides,
+            minutes=minutes,
+            options=options,
+            seed=seed,
+        )
+        given = None if bundle is None else Bundle.load(bundle)
+        if given:
+            _require_sampling(given)
+        wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
+        chosen = _format(format, plan.manifest)
+        first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
+        bound = "" if bundle or minutes is None else f" for at most {minutes:g} minutes"
+        note(f"Plan: {first}{bound}, then write {len(wanted)} synthetic scans ({chosen}) to {out}.")
+        work.record()
+        if given:
+            trained = given
+        elif "bundle" in work.done:
+            trained = Bundle.load(work.folder / "bundle")
+        else:
+            trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
+            work.record("bundle")
+        _require_sampling(trained)
+        detector, test = _copy_detector(plan.manifest, trained, options, seed)
+        with work.writing():
+            written, rejected = _generate(trained, wanted, chosen, detector, test, work, seed)
+            _finish_files(written, trained, chosen, work, seed)
+        facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict() if test else None}
+        work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
+        return Augmented(Path(out), len(written), rejected, test, chosen)
 
 
 # -- decisions -----------------------------------------------------------------------------------

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from medgen import io
-from medgen.errors import DataError, MedgenError
+from medgen.errors import DataError, MedgenError, OutputError
 from medgen.io.privacy import Pseudonyms
 from medgen.io.source import ReadOptions, Skipped, Source
 from medgen.log import note, track
@@ -68,6 +68,7 @@ def convert(
     taken: set[str] = set()
     with io.opened(data) as place:
         found = io.find(place, options)
+        work.record()
         for number, source in enumerate(track(found.sources, "Converting"), start=1):
             name = _unused(_name(source, place, number, identity), taken)
             if name in work.done:
@@ -75,6 +76,8 @@ def convert(
             try:
                 work.record(name, _write(source, work.folder, name, format, identity, names, options))
             except MedgenError as error:
+                if isinstance(error.__cause__, OSError) and isinstance(error, OutputError):
+                    raise  # the disk is to blame, not the scan
                 note(f"Skipped {Path(source.path).name}: {error}")
                 failed.append(Skipped(source.path, str(error)))
     if not work.done:

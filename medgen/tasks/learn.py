@@ -123,7 +123,7 @@ def train(
     """Learn what the scans of a folder look like and keep it as a bundle.
 
     Args:
-        data: a folder, CSV or .npz of scans; every scan is taken for one that belongs.
+        data: a folder, zip, CSV or .npz of scans; every scan is taken for one that belongs.
         out: the bundle's folder, which must not exist.
         preset: name or YAML file; None: the default for images or for volumes.
         label: learn one class only, such as 'normal'.
@@ -147,18 +147,20 @@ def train(
         "overrides": list(overrides), "minutes": minutes, "seed": seed, "options": vars(options),
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
-    plan = plan_training(
-        data,
-        preset=preset,
-        label=label,
-        domain=domain,
-        overrides=overrides,
-        minutes=minutes,
-        options=options,
-        seed=seed,
-    )
-    learn(plan, work, seed=seed, device=device, options=options, licence=licence)
-    return work.finish({"command": "train", "settings": settings, "plan": plan.describe()})
+    with io.opened(data) as place:
+        plan = plan_training(
+            place,
+            preset=preset,
+            label=label,
+            domain=domain,
+            overrides=overrides,
+            minutes=minutes,
+            options=options,
+            seed=seed,
+        )
+        work.record()
+        learn(plan, work, seed=seed, device=device, options=options, licence=licence)
+        return work.finish({"command": "train", "settings": settings, "plan": plan.describe()})
 
 
 def learn(

@@ -6,7 +6,8 @@ import os
 import platform
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -94,6 +95,16 @@ class Workspace:
     def discard(self) -> None:
         """Leave nothing behind: there is nothing worth going on from."""
         shutil.rmtree(self.folder, ignore_errors=True)
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Tell in a sentence when the disk refuses what the block writes."""
+        try:
+            yield
+        except OSError as error:
+            raise OutputError(
+                f"Cannot write in {self.folder}: {error.strerror}. Free some space, run again."
+            ) from error
 
     def finish(self, manifest: Mapping[str, Any]) -> Path:
         """Write the run manifest, drop what only resuming needed, and give the folder its final name."""

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 
-from medgen.errors import TrainingError
+from medgen.errors import OutputError, TrainingError
 from medgen.io.atomic import replacing
 
 _NAME = "state"
@@ -41,11 +41,19 @@ class Progress:
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], progress: Progress, facts: dict[str, Any]) -> None:
-    """Write tensors and progress; an interruption leaves the previous state intact."""
-    with replacing(folder / _NAME, force=True) as part:
-        part.mkdir()
-        save_file({name: t.detach().cpu().contiguous() for name, t in tensors.items()}, part / "tensors.safetensors")
-        (part / "progress.json").write_text(json.dumps({"progress": asdict(progress), "facts": facts}))
+    """Write tensors and progress; an interruption leaves the previous state intact.
+
+    Raises:
+        OutputError: the disk is full, or refuses.
+    """
+    plain = {name: t.detach().cpu().contiguous() for name, t in tensors.items()}
+    try:
+        with replacing(folder / _NAME, force=True) as part:
+            part.mkdir()
+            save_file(plain, part / "tensors.safetensors")
+            (part / "progress.json").write_text(json.dumps({"progress": asdict(progress), "facts": facts}))
+    except SafetensorError as error:
+        raise OutputError(f"Cannot save the state of training: {error}. Free some space, run again.") from error
 
 
 def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], Progress] | None:
