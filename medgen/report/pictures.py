@@ -22,10 +22,11 @@ Picture = UInt8[np.ndarray, "_ _ 3"]
 def views(
     scan: Scan, at: Sequence[int] | None = None, *, window: tuple[float, float] | None = None
 ) -> list[Float[np.ndarray, "_ _"]]:
-    """Axial, coronal and sagittal planes through voxel `at` (an image: itself), in [0, 1], top up.
+    """Axial, coronal and sagittal planes through voxel `at` of the scan turned to RAS (an image: itself), in [0, 1].
 
-    The scan is turned to RAS; patient right is on the left of the picture, as radiologists look.
+    Head and front are up; patient right is on the left of the picture, as radiologists look.
     """
+    scan = _upright(scan)
     values = scan.physical()[0]
     low, high = window or _window(values)
     shown = np.clip((np.nan_to_num(values, nan=low) - low) / max(high - low, 1e-9), 0, 1)
