@@ -65,9 +65,9 @@ class VAE(Model):
         code: Literal["vector", "map"] = "vector"
         latent: int = Field(default=16, ge=1)
         width: int = Field(default=32, ge=1)
-        levels: int = Field(default=2, ge=0)
+        levels: int = Field(default=2, ge=0, le=16)
         fold: int = Field(default=1, ge=1)
-        depth: int = Field(default=1, ge=0)
+        depth: int = Field(default=1, ge=0, le=64)
         likelihood: LikelihoodName = "gaussian"
         beta: float = Field(default=1.0, ge=0)
         free_bits: float = Field(default=0.0, ge=0)

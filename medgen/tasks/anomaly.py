@@ -172,7 +172,8 @@ class _Run:
             prepared = self.bundle.recipe(source)
             device = next(self.detector.model.parameters()).device
             x = model_view(prepared)[None].to(device)
-            score, z = self.detector(x, _cond(self.detector.model, label))
+            cond = _cond(self.detector.model, label)
+            score, z = self.detector(x, None if cond is None else cond.to(device))
             scored = self._placed(case, score, tuple(warnings))
             if z is None:
                 return scored
