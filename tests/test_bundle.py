@@ -188,6 +188,12 @@ def test_a_config_too_large_for_its_weights_is_refused_before_it_is_built(folder
         Bundle.load(edited(folder, lambda s: s["models"]["model"].update(width=4_000_000)))
 
 
+@pytest.mark.parametrize("change", [{"depth": 10**9}, {"levels": 10**8}, {"classes": ["x"] * 100_000}])
+def test_a_config_that_would_take_for_ever_to_build_is_refused_at_once(folder, change):
+    with pytest.raises(BundleError, match="belong together"):
+        Bundle.load(edited(folder, lambda s: s["models"]["model"].update(change)))
+
+
 def test_weights_of_another_model_are_refused(folder):
     path = folder / "weights.safetensors"
     weights = load_file(path)

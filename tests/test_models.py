@@ -443,6 +443,26 @@ def test_a_map_code_keeps_place_where_a_vector_cannot():
     assert errors["map"] < 0.5 * errors["vector"]
 
 
+def test_the_healthy_twin_leaves_healthy_scans_and_drops_what_no_training_scan_has():
+    x, new = scans(64, 1, (16, 16)), scans(8, 1, (16, 16), seed=9)
+    model = vae(code="map", shape=(16, 16), latent=4)
+    model.initialise(Batch(x))
+    model.finalise([Batch(x)])
+    ill = new.clone()
+    ill[:, :, 2:6, 9:13] += 0.5
+    mended = model.restore(ill, strength=1.0, seed=0)
+    inside, outside = (slice(None), slice(None), slice(2, 6), slice(9, 13)), (slice(None), slice(None), slice(8, 16))
+    # The reconstruction still shows the blob; the twin hardly does, and is right elsewhere.
+    shown = float((model.reconstruct(ill) - new)[inside].mean())
+    assert shown > 0.3
+    assert abs(float((mended - new)[inside].mean())) < 0.5 * shown
+    assert float((mended - new)[outside].square().mean()) < 0.1 * float((new - new.mean())[outside].square().mean())
+    # Strength 0 changes nothing, one half lies between.
+    assert torch.allclose(model.restore(ill, strength=0.0, seed=0), model.reconstruct(ill), atol=1e-5)
+    half = model.restore(ill, strength=0.5, seed=0)
+    assert torch.allclose(half, (mended + model.reconstruct(ill)) / 2, atol=1e-4)
+
+
 @pytest.mark.parametrize("dims", [2, 3])
 def test_a_code_map_has_one_vector_a_block(dims):
     model = vae(code="map", shape=(8,) * dims, fold=2, levels=1, latent=5)

@@ -141,6 +141,7 @@ def test_nobody_is_in_a_bundle(learned):
     assert traces(learned) == []
 
 
+@pytest.mark.slow
 def test_nobody_is_in_synthetic_scans_of_any_format(patients, learned, tmp_path):
     for chosen in ("auto", "nifti", "png", "npz"):
         medgen.augment(patients / "xray", tmp_path / chosen, bundle=learned, per_class=1, format=chosen)

@@ -294,6 +294,34 @@ def test_a_class_with_one_scan_borrows_its_spread_and_keeps_its_mean():
     assert torch.allclose(drawn.var(0), codes.var(0), rtol=0.2)
 
 
+@pytest.mark.parametrize("code_shape", [(6,), (2, 4, 4), (2, 3, 3, 3)])
+@pytest.mark.parametrize("n", [4, 200])
+def test_projection_keeps_what_training_codes_share_and_drops_the_rest(code_shape, n):
+    field, codes = fitted(code_shape, n, rank=5)
+    once = field.projected(codes)
+    assert torch.allclose(field.projected(once), once, atol=1e-4)
+    if n == 4:
+        # Fewer codes than components: each is a mixture of what they share.
+        assert torch.allclose(once, codes, atol=1e-3)
+    left = codes - once
+    assert float(left.square().sum()) < float((codes - codes.mean(0)).square().sum())
+    directions = torch.linalg.svd((codes - codes.mean(0)).flatten(1), full_matrices=False)[2][:3]
+    assert float((left.flatten(1) @ directions.T).abs().max()) < 1e-2
+    strange = codes.clone()
+    strange.flatten(1)[:, 0] += 50.0
+    shown = (field.projected(strange) - once).flatten(1)[:, 0]
+    assert float(shown.abs().max()) < 45.0
+
+
+def test_projection_knows_the_classes():
+    codes, cond = noise(40, 3, 2, 2).float(), torch.arange(40) % 2
+    shifted = codes + 9 * cond.reshape(-1, 1, 1, 1)
+    field = CodeField((3, 2, 2), classes=2, rank=1)
+    field.fit(shifted, torch.ones_like(codes), cond)
+    middle = field.projected(torch.full((2, 3, 2, 2), 4.5), torch.tensor([0, 1])).flatten(1).mean(1)
+    assert float(middle[0]) < 4.5 < float(middle[1])
+
+
 def test_the_field_is_kept_with_the_weights():
     field, _ = fitted((2, 3, 3), 30)
     other = CodeField((2, 3, 3), rank=8)

@@ -210,6 +210,17 @@ def test_training_works_outside_the_main_thread(volumes):
     assert done == [8]
 
 
+def test_training_ends_when_its_time_is_up(volumes):
+    train, val = volumes
+    config = FitConfig(images=400_000, batch_size=4, validations=50_000, patience=10**6, precision="float32")
+    model = vae((8, 8, 8))
+    progress = fit(model, train, val, config, seconds=0.5)
+    assert progress.finished
+    assert 0 < progress.seen < 400_000
+    assert progress.seconds < 20
+    assert not model.training
+
+
 # -- a model simple enough to know every weight ------------------------------------------------------
 
 
