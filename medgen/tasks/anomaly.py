@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import torch
 from jaxtyping import Float
-from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
@@ -24,7 +23,6 @@ from medgen.errors import BundleError, DataError, MedgenError, OutputError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
-from medgen.models.base import Model
 from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
@@ -123,7 +121,7 @@ def score(
         for row in track(manifest.rows, "Scoring"):
             if row.case not in work.done:
                 with work.writing():
-                    scored = run.score(manifest.locate(row.path), row.case, row.label)
+                    scored = run.score(manifest.locate(row.path), row.case)
                 if scored.error:
                     note(f"Skipped {row.case}: {scored.error}")
                 work.record(row.case, asdict(scored))
@@ -163,7 +161,7 @@ class _Run:
     maps: bool
     options: ReadOptions
 
-    def score(self, path: str, case: str, label: str) -> Scored:
+    def score(self, path: str, case: str) -> Scored:
         """Score one scan and write its files; whatever is wrong with it becomes its `error`."""
         try:
             source = io.read(path, self.options)
@@ -172,8 +170,7 @@ class _Run:
             prepared = self.bundle.recipe(source)
             device = next(self.detector.model.parameters()).device
             x = model_view(prepared)[None].to(device)
-            cond = _cond(self.detector.model, label)
-            score, z = self.detector(x, None if cond is None else cond.to(device))
+            score, z = self.detector(x)
             scored = self._placed(case, score, tuple(warnings))
             if z is None:
                 return scored
@@ -234,12 +231,6 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
             "space than the training scans. Register it to their space, or train on scans like it."
         )
     return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
-
-
-def _cond(model: Model, label: str) -> Tensor | None:
-    """The class index of a labelled scan; an unlabelled one is scored without a class."""
-    classes = model.config.classes
-    return torch.tensor([classes.index(label)]) if label in classes else None
 
 
 def file_name(case: str) -> str:

@@ -60,27 +60,41 @@ class Detector:
             known = Normals(bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy(), **told)
         return cls(bundle.model, np.asarray(bundle.calibration.get("scores", [])), known)
 
-    def __call__(
-        self, x: Float[Tensor, "1 c *space"], cond: Tensor | None = None
-    ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
+    def __call__(self, x: Float[Tensor, "1 c *space"]) -> tuple[float, Float[np.ndarray, "*space"] | None]:
         """Score and z-map of one prepared scan; without healthy maps the mean residual and None."""
-        residual = residual_map(self.model, x, cond)[0].cpu().numpy()
+        residual = residual_map(self.model, x)[0].cpu().numpy()
         z = None if self.normals is None else self.normals.z_map(residual).astype(np.float32)
         return (tail_mean(z) if z is not None and x.ndim == 5 else float(residual.mean())), z
 
 
 @torch.no_grad()
-def residual_map(model: Model, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b *space"]:
+def residual_map(model: Model, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
     """How a scan differs from its healthy twin at every voxel.
+
+    A model of several classes is asked for a twin of each; the nearest one counts, whatever the scan's
+    label says, so labelled and unlabelled scans are scored alike.
 
     Raises:
         CapabilityError: the model does not reconstruct.
     """
     require_reconstruction(model)
+    classes = range(len(model.config.classes)) if model.config.classes else [None]
+    maps = []
+    for name in classes:
+        cond = None if name is None else torch.full((len(x),), name, dtype=torch.long, device=x.device)
+        maps.append(_difference(x, _twin(model, x, cond)))
+    found = torch.stack(maps)
+    nearest = found.flatten(2).mean(2).argmin(0)
+    return found[nearest, torch.arange(len(x), device=x.device)]
+
+
+def _twin(model: Model, x: Tensor, cond: Tensor | None) -> Tensor:
     if "restores" in model.abilities(model.config):
-        twin = cast(Restores, model).restore(x, cond=cond).clamp(0, 1)
-    else:
-        twin = cast(Reconstructs, model).reconstruct(x, cond).clamp(0, 1)
+        return cast(Restores, model).restore(x, cond=cond).clamp(0, 1)
+    return cast(Reconstructs, model).reconstruct(x, cond).clamp(0, 1)
+
+
+def _difference(x: Float[Tensor, "b c *space"], twin: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
     if x.ndim == 4:
         return (1 - ssim_map(x, twin, window=_SSIM_WINDOW))[:, 0]
     return local_mean((x - twin).abs(), _L1_WINDOW).mean(1)
@@ -113,7 +127,7 @@ def calibrate(
     means: list[float] = []
     maps: list[np.ndarray] = []
     for batch in data.batches(1 if volumes else 64):
-        residual = residual_map(model, batch.x, batch.cond)
+        residual = residual_map(model, batch.x)
         means += residual.flatten(1).mean(1).tolist()
         maps.append(residual[: max(0, _MOST_MAPS[model.config.dims] - sum(map(len, maps)))].numpy())
     if len(means) < 3:

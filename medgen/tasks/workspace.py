@@ -108,6 +108,8 @@ class Workspace:
 
     def finish(self, manifest: Mapping[str, Any]) -> Path:
         """Write the run manifest, drop what only resuming needed, and give the folder its final name."""
+        # The manifest travels with the output; where things lay on this machine is nobody's business.
+        settings = {name: _without_place(value) for name, value in manifest.get("settings", {}).items()}
         stated = {
             "medgen": version("medgen"),
             "python": platform.python_version(),
@@ -115,6 +117,7 @@ class Workspace:
             "seconds": round(time.monotonic() - self._started, 1),
             "research_use_only": "Research use only, not a medical device.",
             **manifest,
+            "settings": settings,
         }
         try:
             (self.folder / _MANIFEST).write_text(json.dumps(stated, indent=1, default=str) + "\n")
@@ -131,6 +134,11 @@ class Workspace:
 def _replaceable(out: Path) -> bool:
     """Whether this is an output of medgen, or an empty folder, and not somebody's home."""
     return out.is_dir() and ((out / _MANIFEST).is_file() or not any(out.iterdir()))
+
+
+def _without_place(value: Any) -> Any:
+    """The last name of an absolute path; anything else as it is."""
+    return Path(value).name if isinstance(value, str) and Path(value).is_absolute() else value
 
 
 __all__ = ["Workspace"]
