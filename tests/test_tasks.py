@@ -386,11 +386,11 @@ def test_scoring_goes_on_where_it_was_interrupted(heads, heads_bundle, tmp_path,
     medgen.score(folder, heads_bundle, tmp_path / "whole")
     original, seen = anomaly._Run.score, []
 
-    def interrupted(self, path, case, label):
+    def interrupted(self, path, case):
         if len(seen) == 3:
             raise KeyboardInterrupt
         seen.append(case)
-        return original(self, path, case, label)
+        return original(self, path, case)
 
     monkeypatch.setattr(anomaly._Run, "score", interrupted)
     with pytest.raises(KeyboardInterrupt):
