@@ -18,10 +18,7 @@ from torch import Tensor
 
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
-from medgen.data.manifest import Manifest
-from medgen.data.recipe import Recipe
-from medgen.errors import CapabilityError, DataError
-from medgen.io.source import ReadOptions
+from medgen.errors import CapabilityError
 from medgen.metrics.image import local_mean, ssim_map
 from medgen.models import FAMILIES, family
 from medgen.models.base import Model, Reconstructs, Restores
@@ -113,20 +110,16 @@ def require_reconstruction(model: Model) -> None:
         )
 
 
-def calibrate(
-    model: Model, recipe: Recipe, healthy: Manifest, options: ReadOptions
-) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What held-out healthy scans score, as plain numbers and tensors for a bundle."""
-    if "reconstructs" not in model.abilities(model.config) or not len(healthy):
-        return {}, {}
-    try:
-        data = ScanDataset(healthy, recipe, classes=model.config.classes, options=options)
-    except DataError:
-        return {}, {}
+def calibrate(model: Model, healthy: ScanDataset) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """What held-out healthy scans score, as plain numbers and tensors for a bundle.
+
+    Raises:
+        CapabilityError: the model does not reconstruct.
+    """
     volumes = model.config.dims == 3
     means: list[float] = []
     maps: list[np.ndarray] = []
-    for batch in data.batches(1 if volumes else 64):
+    for batch in healthy.batches(1 if volumes else 64):
         residual = residual_map(model, batch.x)
         means += residual.flatten(1).mean(1).tolist()
         maps.append(residual[: max(0, _MOST_MAPS[model.config.dims] - sum(map(len, maps)))].numpy())

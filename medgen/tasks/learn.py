@@ -1,6 +1,5 @@
 """`medgen train`: from a folder of scans to a bundle."""
 
-import os
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -196,8 +195,8 @@ def learn(
     model.finalise(batch.to(_device(model)) for batch in train_set.batches(settings.batch_size))
     model.cpu()
     contract = _contract(plan, train_set)
-    calibration, tensors = calibrate(model, plan.recipe, plan.manifest.split("calibration"), options)
-    held = plan.manifest.split("calibration")
+    held = _held_out(plan, options) if "reconstructs" in model.abilities(model.config) else None
+    calibration, tensors = calibrate(model, held) if held else ({}, {})
     bundle = Bundle(
         models={"model": model},
         recipe=plan.recipe,
@@ -219,7 +218,7 @@ def learn(
             "fit": settings.model_dump(mode="json"),
             "history": reached.history,
         },
-        metrics=_metrics(model, plan.recipe, held, classes, options),
+        metrics=_metrics(model, held) if held else {},
     )
     place = place or work.folder
     place.mkdir(parents=True, exist_ok=True)
@@ -343,15 +342,18 @@ def _template(plan: Plan) -> Grid:
     return grid
 
 
-def _metrics(
-    model: Model, recipe: Recipe, held: Manifest, classes: Sequence[str], options: ReadOptions
-) -> dict[str, float]:
-    if not len(held) or "reconstructs" not in model.abilities(model.config):
-        return {}
+def _held_out(plan: Plan, options: ReadOptions) -> ScanDataset | None:
+    """The calibration scans, prepared once for all that needs them; None where none can be read."""
+    rows = plan.manifest.split("calibration")
+    if not len(rows):
+        return None
     try:
-        data = ScanDataset(held, recipe, classes=classes, options=options)
+        return ScanDataset(rows, plan.recipe, classes=plan.model.classes, options=options)
     except DataError:
-        return {}
+        return None
+
+
+def _metrics(model: Model, data: ScanDataset) -> dict[str, float]:
     ratios, bounds = [], []
     for batch in data.batches(8):
         ratios.append(psnr(cast(Reconstructs, model).reconstruct(batch.x, batch.cond), batch.x))
@@ -375,9 +377,4 @@ def _device(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
-def cores() -> int:
-    """Processor cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-__all__ = ["Plan", "cores", "learn", "plan_training", "preview", "train"]
+__all__ = ["Plan", "learn", "plan_training", "preview", "train"]

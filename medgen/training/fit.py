@@ -94,9 +94,8 @@ def fit(
         KeyboardInterrupt: Ctrl-C; the state was saved at the end of the running step.
     """
     run = _Run(model, train, val, config, seed=seed, device=device, state_folder=state_folder)
-    run.seconds = seconds
     try:
-        run.train()
+        run.train(seconds)
     except RuntimeError as error:  # CUDA's is a subclass, the CPU's is told by its words alone
         if not isinstance(error, torch.OutOfMemoryError) and "can't allocate memory" not in str(error):
             raise
@@ -121,7 +120,6 @@ class _Run:
     ) -> None:
         self.model, self.data, self.val, self.config, self.seed = model, train, val, config, seed
         self.folder = state_folder
-        self.seconds: float | None = None
         self.draws = Draws(train, config.augment, seed=seed)
         self.fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
         self.facts = {"fit": config.model_dump(), "model": model.config.model_dump(), "seed": seed, "scans": len(train)}
@@ -145,8 +143,8 @@ class _Run:
 
     # -- the loop ------------------------------------------------------------------------------
 
-    def train(self) -> None:
-        """Until the images are seen, or validation says enough."""
+    def train(self, seconds: float | None) -> None:
+        """Until the images are seen, validation says enough, or `seconds` of training are over."""
         config, done = self.config, self.progress
         before_this, began = done.seconds, time.monotonic()
         every = max(config.batch_size, config.images // config.validations)
@@ -161,7 +159,7 @@ class _Run:
                 self.average.update(self.model, images=config.batch_size, seen=done.seen)
                 if done.seen // every > before // every or done.seen >= config.images:
                     self._validate(loss)
-                    self._watch_clock(before_this + time.monotonic() - began)
+                    self._watch_clock(before_this + time.monotonic() - began, seconds)
                 bar.advance(config.batch_size, f"loss {loss:.4g}")
                 clock = time.monotonic()
                 if self.folder and (interrupted.is_set() or clock - saved_at > 60):
@@ -216,10 +214,10 @@ class _Run:
             note(f"Stopped early after {done.seen:,} images: no better on held-out scans since {done.best_seen:,}.")
         done.finished = done.seen >= self.config.images or done.stale >= self.config.patience
 
-    def _watch_clock(self, spent: float) -> None:
+    def _watch_clock(self, spent: float, seconds: float | None) -> None:
         """Stop when the time is up: a machine that became busy must not take hours instead of minutes."""
         done = self.progress
-        if self.seconds is not None and spent > self.seconds and not done.finished:
+        if seconds is not None and spent > seconds and not done.finished:
             done.finished = True
             note(f"Stopped after {done.seen:,} of {self.config.images:,} images: the training time is up.")
 
