@@ -32,19 +32,20 @@ class Batch:
 
     Args:
         x: (b, c, *space), two axes of space for images, three for volumes.
-        cond: (b,) class indices, None without classes.
-        mask: (b, 1, *space) regions, None without.
+        cond: what is known of each scan: class indices (b,), or a table (b, numbers) of classes and
+            covariates; None without.
+        context: (b, k, *space) an image given with each scan, such as a mask; None without.
         cases: names.
     """
 
     x: Float[Tensor, "b c *space"]
-    cond: Int[Tensor, " b"] | None = None
-    mask: Float[Tensor, "b 1 *space"] | None = None
+    cond: Int[Tensor, " b"] | Float[Tensor, "b numbers"] | None = None
+    context: Float[Tensor, "b k *space"] | None = None
     cases: tuple[str, ...] = ()
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch elsewhere."""
-        moved = {name: getattr(self, name) for name in ("x", "cond", "mask")}
+        moved = {name: getattr(self, name) for name in ("x", "cond", "context")}
         return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
 
 

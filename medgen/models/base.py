@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -47,6 +48,59 @@ class ModelConfig(BaseModel):
         return self
 
 
+class Covariate(BaseModel):
+    """Something else that is known of each scan, such as age or sex, as numbers a model can be conditioned on.
+
+    Args:
+        name: the manifest's column.
+        mean, sd: of a number over the training scans; it enters as (value - mean) / sd.
+        levels: of a word, such as ('F', 'M'); it enters as one 0 or 1 a level. Empty for a number.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    mean: float = 0.0
+    sd: float = Field(default=1.0, gt=0)
+    levels: tuple[str, ...] = ()
+
+    @property
+    def width(self) -> int:
+        """How many numbers it takes."""
+        return len(self.levels) or 1
+
+    def numbers(self, value: str) -> list[float]:
+        """The numbers of a manifest's cell; what is not known counts as average."""
+        if self.levels:
+            return [float(value == level) for level in self.levels]
+        try:
+            known = float(value)
+        except ValueError:
+            return [0.0]
+        return [(known - self.mean) / self.sd if isfinite(known) else 0.0]
+
+
+class ConditionedConfig(ModelConfig):
+    """A family that takes more than a class to say p(x | condition).
+
+    With covariates, `cond` is a float table (b, `condition_width`): one 0 or 1 a class, then each
+    covariate's numbers. Without, class indices (b,) will do.
+
+    Args:
+        covariates: what else to condition on; none by default.
+        context: channels of an image on the same voxels that is given with every scan, such as a mask, a
+            blurred scan or another modality; 0 for none.
+    """
+
+    covariates: tuple[Covariate, ...] = ()
+    context: int = Field(default=0, ge=0)
+
+    @property
+    def condition_width(self) -> int:
+        """Numbers a scan's condition has."""
+        return len(self.classes) + sum(covariate.width for covariate in self.covariates)
+
+
 @dataclass
 class Loss:
     """What a player pays for a batch: `total` (b,), and its named parts (b,)."""
@@ -88,6 +142,10 @@ class Model(nn.Module):
     def players(self) -> list[Player]:
         """Who is trained; by default everything at once, all the time."""
         return [Player("model", tuple(self.parameters()))]
+
+    def validation_loss(self, batch: Batch) -> Float[Tensor, " b"]:
+        """What decides when training stops; the first player's loss unless a family knows better."""
+        return self(batch, self.players()[0].name).total
 
     def initialise(self, batch: Batch) -> None:
         """Data-dependent initialisation, once, before training."""
@@ -144,6 +202,35 @@ class Restores(Protocol):
 
 
 @runtime_checkable
+class ScoresDensity(Protocol):
+    """Gives the exact log density."""
+
+    def log_prob(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
+        """log p(x), nats."""
+        ...
+
+
+@runtime_checkable
+class MapsDensity(Protocol):
+    """Says where in a scan its log density comes from."""
+
+    def log_prob_map(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b 1 *space"]:
+        """Each voxel's part of log p(x), nats; the parts sum to `log_prob` (or to `elbo`)."""
+        ...
+
+
+@runtime_checkable
+class EstimatesDensity(Protocol):
+    """Estimates the log density, and says how well."""
+
+    def log_prob_estimate(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, *, seed: int = 0
+    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+        """An estimate of log p(x) and its standard error, nats."""
+        ...
+
+
+@runtime_checkable
 class BoundsDensity(Protocol):
     """Gives a lower bound of the log density."""
 
@@ -155,13 +242,18 @@ class BoundsDensity(Protocol):
 __all__ = [
     "Ability",
     "BoundsDensity",
+    "ConditionedConfig",
+    "Covariate",
     "Decodes",
     "Encodes",
+    "EstimatesDensity",
     "Loss",
+    "MapsDensity",
     "Model",
     "ModelConfig",
     "Player",
     "Reconstructs",
     "Restores",
     "Samples",
+    "ScoresDensity",
 ]

@@ -122,17 +122,22 @@ class Up(nn.Module):
 
 
 class ConditionBias(nn.Module):
-    """Adds a learned vector per class to every position; nothing when there are no classes."""
+    """Adds a learned vector per condition to every position; nothing when there are none.
 
-    def __init__(self, classes: int, width: int) -> None:
+    Args:
+        numbers: of a scan's condition: how many classes, plus what covariates take.
+        width: features.
+    """
+
+    def __init__(self, numbers: int, width: int) -> None:
         super().__init__()
-        self.table = nn.Embedding(classes, width) if classes else None
+        self.table = nn.Embedding(numbers, width) if numbers else None
 
     def forward(self, x: Float[Tensor, "b w *space"], cond: Tensor | None) -> Float[Tensor, "b w *space"]:
-        """Same shape out as in; `cond` (b,) are class indices."""
+        """Same shape out as in; `cond` is class indices (b,) or a table (b, numbers)."""
         if self.table is None or cond is None:
             return x
-        bias = self.table(cond)
+        bias = self.table(cond) if cond.ndim == 1 else cond.to(x.dtype) @ self.table.weight
         return x + bias.reshape(*bias.shape, *[1] * (x.ndim - 2))
 
 

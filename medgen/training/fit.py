@@ -231,8 +231,8 @@ class _Run:
         with _seeded(derived_seed(self.seed, _VALIDATION), self.fabric.device):
             for batch in val.batches(self.config.batch_size):
                 moved = batch.to(self.fabric.device)
-                loss = self.module(moved, self.players[0].name)
-                total += float(loss.total.sum()) / batch.x[0].numel()
+                with self.fabric.autocast():
+                    total += float(self.model.validation_loss(moved).sum()) / batch.x[0].numel()
                 count += len(batch.x)
         self.model.load_state_dict(live)
         return total / count
