@@ -135,8 +135,8 @@ class Model(nn.Module):
         raise TypeError(f"{cls.__name__} does not say what it can do")
 
     @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Every axis of a scan must be a multiple of this, for a config with these `values`."""
+    def stride(cls, values: dict[str, Any]) -> int | tuple[int, ...]:
+        """What every axis of a scan must be a multiple of with these `values`: one number, or one for each axis."""
         return 1
 
     def players(self) -> list[Player]:
