@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from monai.data import CacheDataset, ImageReader, PersistentDataset
 from monai.transforms import Compose, RandAdjustContrast, RandAffine, RandFlip, RandGaussianNoise, Transform
 from monai.utils import convert_to_tensor
@@ -17,9 +17,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medgen import io
+from medgen.data.covariates import Covariate
 from medgen.data.manifest import Manifest, Row
 from medgen.data.recipe import Recipe
+from medgen.data.window import flat, prepared, what_was_cut
 from medgen.errors import DataError, MedgenError
+from medgen.grid import Grid
 from medgen.io.source import ReadOptions, Skipped
 from medgen.log import note, track
 from medgen.scan import Scan
@@ -36,16 +39,18 @@ class Batch:
             covariates; None without.
         context: (b, k, *space) an image given with each scan, such as a mask; None without.
         cases: names.
+        real: (b, *space), False for voxels that nobody measured: padding; None: all were.
     """
 
     x: Float[Tensor, "b c *space"]
     cond: Int[Tensor, " b"] | Float[Tensor, "b numbers"] | None = None
     context: Float[Tensor, "b k *space"] | None = None
     cases: tuple[str, ...] = ()
+    real: Bool[Tensor, "b *space"] | None = None
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch elsewhere."""
-        moved = {name: getattr(self, name) for name in ("x", "cond", "context")}
+        moved = {name: getattr(self, name) for name in ("x", "cond", "context", "real")}
         return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
 
 
@@ -154,29 +159,85 @@ class ScanReader(ImageReader):
 
 
 class Prepare(Transform):
-    """A manifest row to the dict that is cached: tensors and strings only, or the reason why not."""
+    """A manifest row to the dict that is cached: tensors, whole numbers and text only, or the reason why not.
 
-    def __init__(self, recipe: Recipe, classes: Sequence[str], options: ReadOptions) -> None:
-        self.recipe, self.classes, self.options = recipe, tuple(classes), options
+    Args:
+        recipe: how scans become tensors.
+        classes: labels in the order of their indices; empty for none.
+        covariates: what else of a row the model is told.
+        context: give the row's mask with the scan.
+        options: how strict reading is.
+    """
+
+    def __init__(
+        self,
+        recipe: Recipe,
+        classes: Sequence[str] = (),
+        covariates: Sequence[Covariate] = (),
+        context: bool = False,
+        options: ReadOptions = ReadOptions(),
+    ) -> None:
+        self.recipe, self.classes, self.covariates = recipe, tuple(classes), tuple(covariates)
+        self.context, self.options = context, options
+
+    def row(self, row: Row, manifest: Manifest) -> dict[str, str]:
+        """What of a manifest's row decides the prepared scan."""
+        told = {"case": row.case, "path": manifest.locate(row.path), "label": row.label}
+        told |= {f"covariate {one.name}": row.covariates.get(one.name, "") for one in self.covariates}
+        return told | ({"mask": row.mask and manifest.locate(row.mask)} if self.context else {})
 
     def __call__(self, row: Mapping[str, str]) -> dict[str, Any]:
-        """{'case', 'x', 'cond'} or {'case', 'error'}."""
+        """{'case', 'path', 'x', 'cond', 'scale', 'warning'[, 'context', 'real']} or {'case', 'path', 'error'}."""
         try:
-            scan = self.recipe(io.read(row["path"], self.options))
+            source = flat(io.read(row["path"], self.options))
+            scan, real = prepared(source, self.recipe)
+            given = {"context": mask_view(row["mask"], scan.grid, self.options)} if self.context else {}
         except MedgenError as error:
             return {"case": row["case"], "path": row["path"], "error": str(error)}
+        if not real.all():
+            given["real"] = real_view(real)
+        cells = {one.name: row[f"covariate {one.name}"] for one in self.covariates}
         return {
             "case": row["case"],
             "path": row["path"],
             "x": model_view(scan).contiguous(),
-            "cond": self.classes.index(row["label"]) if self.classes else -1,
+            "cond": condition(row["label"], cells, self.classes, self.covariates),
             "scale": torch.tensor([scan.scale.slope, scan.scale.intercept], dtype=torch.float64),
+            "warning": what_was_cut(source, scan, self.recipe),
+            **given,
         }
 
 
 def model_view(scan: Scan) -> Float[Tensor, "c *space"]:
     """A copy of the voxels as a model sees them: an image loses its singleton axis."""
     return torch.tensor(scan.voxels[..., 0] if scan.is_planar else scan.voxels)
+
+
+def real_view(real: Bool[np.ndarray, "i j k"]) -> Bool[Tensor, "*space"]:
+    """A mask as a model sees it."""
+    return torch.tensor(real[..., 0] if real.shape[2] == 1 else real)
+
+
+def mask_view(path: str, grid: Grid, options: ReadOptions = ReadOptions()) -> Float[Tensor, "1 *space"]:
+    """A mask of findings on a prepared scan's grid, 1 where there is any and 0 elsewhere; zeros without a `path`."""
+    if not path:
+        return model_view(Scan(np.zeros((1, *grid.shape), np.float32), grid))
+    found = flat(io.read(path, options))
+    drawn = (found.voxels > 0).any(0, keepdims=True).astype(np.float32)
+    return model_view(Scan(drawn, found.grid, is_label=True).onto(grid, outside=0))
+
+
+def condition(
+    label: str, cells: Mapping[str, str], classes: Sequence[str], covariates: Sequence[Covariate]
+) -> int | Float[Tensor, " numbers"]:
+    """What a model is told of a scan: its class's index, -1 where there are none; with covariates a row of numbers.
+
+    The row holds one 0 or 1 a class (all 0 for a label it does not know), then each covariate's numbers.
+    """
+    if not covariates:
+        return classes.index(label) if classes else -1
+    told = [float(label == name) for name in classes]
+    return torch.tensor(told + [number for one in covariates for number in one.numbers(cells.get(one.name, ""))])
 
 
 def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> Dataset[dict[str, Any]]:
@@ -193,6 +254,8 @@ class ScanDataset(Dataset):
         manifest: which scans.
         recipe: how they become tensors.
         classes: labels in the order of their indices; empty for none.
+        covariates: what else of a row the model is told.
+        context: give each scan's mask with it, zeros where it has none.
         options: how strict reading is.
         cache: a folder for prepared scans, reused while neither recipe, options nor file change.
     """
@@ -203,14 +266,19 @@ class ScanDataset(Dataset):
         recipe: Recipe,
         *,
         classes: Sequence[str] = (),
+        covariates: Sequence[Covariate] = (),
+        context: bool = False,
         options: ReadOptions = ReadOptions(),
         cache: Path | None = None,
     ) -> None:
-        rows = [{"case": row.case, "path": manifest.locate(row.path), "label": row.label} for row in manifest.rows]
-        key = hashlib.sha256(f"{recipe.model_dump_json()}{tuple(classes)}{options}".encode()).hexdigest()[:16]
-        held = _held(rows, Prepare(recipe, classes, options), cache and cache / key)
+        prepare = Prepare(recipe, classes, covariates, context, options)
+        rows = [prepare.row(row, manifest) for row in manifest.rows]
+        decides = f"{recipe.model_dump_json()}{tuple(classes)}{tuple(covariates)}{context}{options}"
+        key = hashlib.sha256(decides.encode()).hexdigest()[:16]
+        held = _held(rows, prepare, cache and cache / key)
         self.skipped: list[Skipped] = []
         self._items: list[int] = []
+        warned: list[str] = []
         for n in track(range(len(rows)), "Reading scans"):
             item = held[n]
             if "error" in item:
@@ -218,7 +286,10 @@ class ScanDataset(Dataset):
                 self.skipped.append(Skipped(item["case"], item["error"]))
             else:
                 self._items.append(n)
+                warned += [f"{item['case']}: {item['warning']}"] if item["warning"] else []
         self._held = held
+        if warned:
+            note(f"The recipe's range does not suit {len(warned)} of {len(rows)} scans; the first is {warned[0]}.")
         if not self._items:
             raise DataError(f"None of the {len(rows)} scans could be prepared. Check the messages above.")
 
@@ -237,11 +308,12 @@ class ScanDataset(Dataset):
 def _content_key(row: Mapping[str, str]) -> bytes:
     """A cache key that changes when the file does."""
     digest = hashlib.sha256(repr(sorted(row.items())).encode())
-    place = Path(row["path"].partition("#")[0])
-    for file in sorted(place.rglob("*")) if place.is_dir() else [place]:
-        if file.is_file():
-            status = file.stat()
-            digest.update(f"{file.name}{status.st_size}{status.st_mtime_ns}".encode())
+    for path in (row["path"], row.get("mask", "")):
+        place = Path(path.partition("#")[0])
+        for file in sorted(place.rglob("*")) if path and place.is_dir() else [place]:
+            if file.is_file():
+                status = file.stat()
+                digest.update(f"{file.name}{status.st_size}{status.st_mtime_ns}".encode())
     return digest.hexdigest().encode()
 
 
@@ -263,9 +335,24 @@ class Draws(Dataset):
         item = dict(self._dataset[int(order[place])])
         if self._augment:
             self._augment.set_random_state(seed=derived_seed(self._seed, 2, draw) % 2**32)
-            # Out comes MONAI's tensor with metadata, which nothing here needs and every later operation would copy.
-            item["x"] = convert_to_tensor(self._augment(item["x"]), dtype=torch.float32, track_meta=False)
+            item |= _augmented(item, self._augment)
         return item
+
+
+def _augmented(item: Mapping[str, Any], augment: Compose) -> dict[str, Tensor]:
+    """The scan after all steps; what lies on its voxels moves with it and keeps its values."""
+    x, channels = item["x"], len(item["x"])
+    beside = {name: item[name].reshape(-1, *x.shape[1:]) for name in ("context", "real") if name in item}
+    for step in augment.transforms:
+        if isinstance(step, RandAffine | RandFlip):
+            moved = step(torch.cat([x, *(values.float() for values in beside.values())]))
+            # Out comes MONAI's tensor with metadata, which nothing here needs and every later operation would copy.
+            moved = convert_to_tensor(moved, dtype=torch.float32, track_meta=False)
+            x, *parts = moved.split([channels, *map(len, beside.values())])
+            beside = {name: part > 0.5 for name, part in zip(beside, parts, strict=True)}
+        else:
+            x = convert_to_tensor(step(x), dtype=torch.float32, track_meta=False)
+    return {"x": x} | {name: values.reshape(item[name].shape).to(item[name]) for name, values in beside.items()}
 
 
 def loader(draws: Draws, which: range, batch_size: int, *, workers: int = 0) -> DataLoader:
@@ -283,15 +370,23 @@ def loader(draws: Draws, which: range, batch_size: int, *, workers: int = 0) -> 
 
 def collate(items: Sequence[Mapping[str, Any]]) -> Batch:
     """Dicts to a Batch."""
-    conds = [int(item["cond"]) for item in items]
+    conds = [item["cond"] for item in items]
+    rows = isinstance(conds[0], Tensor)
+    padded = any("real" in item for item in items)
     return Batch(
         x=torch.stack([item["x"] for item in items]),
-        cond=None if min(conds) < 0 else torch.tensor(conds),
+        cond=torch.stack(conds) if rows else None if min(conds) < 0 else torch.tensor(conds),
+        context=torch.stack([item["context"] for item in items]) if "context" in items[0] else None,
         cases=tuple(item["case"] for item in items),
+        real=torch.stack([item.get("real", _all_real(item["x"])) for item in items]) if padded else None,
     )
 
 
+def _all_real(x: Float[Tensor, "c *space"]) -> Bool[Tensor, "*space"]:
+    return torch.ones(x.shape[1:], dtype=torch.bool)
+
+
 __all__ = [
-    "Affine", "Augment", "Batch", "Draws", "Flip", "Gamma", "Noise", "Prepare", "Row", "ScanDataset", "ScanReader",
-    "collate", "loader", "model_view",
+    "Affine", "Augment", "Batch", "Draws", "Flip", "Gamma", "Noise", "Prepare", "Row", "ScanDataset",
+    "ScanReader", "collate", "condition", "loader", "mask_view", "model_view", "real_view",
 ]  # fmt: skip

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from math import isfinite
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
@@ -10,6 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
+from medgen.data.covariates import Covariate
 from medgen.data.dataset import Batch
 
 # What a model can do; tasks ask for these words and never for a class.
@@ -46,38 +46,6 @@ class ModelConfig(BaseModel):
         if min(self.shape) < 1:
             raise ValueError(f"shape must be positive, not {self.shape}")
         return self
-
-
-class Covariate(BaseModel):
-    """Something else that is known of each scan, such as age or sex, as numbers a model can be conditioned on.
-
-    Args:
-        name: the manifest's column.
-        mean, sd: of a number over the training scans; it enters as (value - mean) / sd.
-        levels: of a word, such as ('F', 'M'); it enters as one 0 or 1 a level. Empty for a number.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str
-    mean: float = 0.0
-    sd: float = Field(default=1.0, gt=0)
-    levels: tuple[str, ...] = ()
-
-    @property
-    def width(self) -> int:
-        """How many numbers it takes."""
-        return len(self.levels) or 1
-
-    def numbers(self, value: str) -> list[float]:
-        """The numbers of a manifest's cell; what is not known counts as average."""
-        if self.levels:
-            return [float(value == level) for level in self.levels]
-        try:
-            known = float(value)
-        except ValueError:
-            return [0.0]
-        return [(known - self.mean) / self.sd if isfinite(known) else 0.0]
 
 
 class ConditionedConfig(ModelConfig):
@@ -243,7 +211,6 @@ __all__ = [
     "Ability",
     "BoundsDensity",
     "ConditionedConfig",
-    "Covariate",
     "Decodes",
     "Encodes",
     "EstimatesDensity",
