@@ -28,4 +28,52 @@ def seeded_noise(shape: tuple[int, ...], *, seed: int, first: int = 0) -> "Tenso
     return torch.stack(rows)
 
 
-__all__ = ["derived_seed", "seeded_noise"]
+def voxel_uniform(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] = (), channels: int = 1) -> "Tensor":
+    """Uniform noise on (0, 1), (channels, *shape), that is a function of (seed, channel, absolute voxel).
+
+    A tile of a volume has the same noise wherever the tile begins and whatever else is computed: each
+    voxel's coordinates are mixed into 64 bits (Steele et al. 2014, "Fast splittable pseudorandom number
+    generators", the finaliser of SplitMix).
+
+    Args:
+        shape: voxels along each axis.
+        seed: any integer.
+        origin: absolute coordinates of the first voxel; zeros by default.
+        channels: independent values a voxel.
+
+    >>> whole = voxel_uniform((6, 6), seed=1)
+    >>> bool((voxel_uniform((2, 3), seed=1, origin=(4, 3)) == whole[:, 4:, 3:]).all())
+    True
+    """
+    import torch
+
+    dims = len(shape)
+    bits = _mixed(torch.full((1,) * (dims + 1), derived_seed(seed, 0), dtype=torch.int64))
+    starts = (0, *(origin or (0,) * dims))
+    for axis, (start, size) in enumerate(zip(starts, (channels, *shape), strict=True)):
+        place = torch.arange(start, start + size, dtype=torch.int64)
+        bits = _mixed(bits + _ODD * (place.reshape([-1 if a == axis else 1 for a in range(dims + 1)]) + 1))
+    return ((bits >> 40).bitwise_and(2**24 - 1).to(torch.float32) + 0.5) / 2**24
+
+
+def voxel_normal(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] = (), channels: int = 1) -> "Tensor":
+    """Standard normal noise (channels, *shape) that is a function of (seed, channel, absolute voxel)."""
+    import torch
+
+    uniform = voxel_uniform(shape, seed=seed, origin=origin, channels=channels)
+    return torch.special.ndtri(uniform.double()).float()
+
+
+# The golden ratio in 64 bits, and the finaliser's multipliers, as signed integers.
+_ODD = 0x9E3779B97F4A7C15 - 2**64
+_MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def _mixed(bits: "Tensor") -> "Tensor":
+    """Every output bit depends on every input bit; int64 arithmetic wraps around."""
+    for shift, multiplier in _MULTIPLIERS:
+        bits = (bits ^ ((bits >> shift) & (2 ** (64 - shift) - 1))) * multiplier
+    return bits ^ ((bits >> 31) & (2**33 - 1))
+
+
+__all__ = ["derived_seed", "seeded_noise", "voxel_normal", "voxel_uniform"]

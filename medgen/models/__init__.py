@@ -10,6 +10,8 @@ if TYPE_CHECKING:
 
 # Everything a bundle or a config can name. A new family is one file and one line here.
 FAMILIES = {
+    "flow": "medgen.models.flow:Flow",
+    "flowmatch": "medgen.models.flowmatch:FlowMatch",
     "vae": "medgen.models.vae:VAE",
 }
 
