@@ -8,6 +8,8 @@ from medgen.cli import app
 from medgen.cli.shared import (
     AsJson,
     Colour,
+    Context,
+    Covariates,
     Data,
     Device,
     Domain,
@@ -23,6 +25,7 @@ from medgen.cli.shared import (
     Seed,
     Set,
     Xform,
+    listed,
     reading,
     say,
     speaking,
@@ -51,6 +54,8 @@ def train(
     domain: Domain = None,
     minutes: Minutes = 20,
     set_: Set = [],  # noqa: B006
+    covariates: Covariates = "",
+    context: Context = None,
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "not stated",
     seed: Seed = 0,
     device: Device = "auto",
@@ -65,7 +70,10 @@ def train(
 ):
     """Learn what the scans of a folder look like and keep it as a bundle."""
     options = reading(on_gap, on_tilt, xform, colour)
-    choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
+    choices = {
+        "preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed,
+        "covariates": listed(covariates), "context": context,
+    }  # fmt: skip
     with speaking(quiet):
         if dry_run:
             show_plan(data, options, choices, as_json)
@@ -81,8 +89,8 @@ def show_plan(data, options, choices: dict, as_json: bool) -> None:
     import yaml
 
     from medgen.io import opened
-    from medgen.tasks.learn import plan_training
+    from medgen.tasks.learn import Choices, plan_training
 
     with opened(data) as place:
-        plan = plan_training(place, **choices, options=options).describe()
+        plan = plan_training(place, Choices(**choices), options).describe()
     say([yaml.safe_dump(plan, sort_keys=False).rstrip()], plan, as_json)

@@ -26,6 +26,8 @@ Set = Annotated[list[str], typer.Option("--set", help="Change a value of the pre
 Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep within on this machine.")]
 Label = Annotated[str | None, typer.Option(help="Learn one class only.")]
 Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only.")]
+Covariates = Annotated[str, typer.Option(help="Columns of a CSV to condition on, such as age,sex.")]
+Context = Annotated[Literal["mask"] | None, typer.Option(help="Give the model each scan's mask, too.")]
 Gap = Literal["error", "fill", "resample"]
 Tilt = Literal["error", "shear", "resample"]
 Form = Literal["error", "sform", "qform"]
@@ -41,6 +43,11 @@ _EVERY = 20
 def reading(on_gap: Gap = "error", on_tilt: Tilt = "error", xform: Form = "error", colour: bool = False) -> ReadOptions:
     """Reading options from the command line."""
     return ReadOptions(on_gap=on_gap, on_tilt=on_tilt, xform=xform, colour=colour)
+
+
+def listed(words: str) -> list[str]:
+    """The words of a list with commas."""
+    return [word.strip() for word in words.split(",") if word.strip()]
 
 
 class _Bars:
@@ -107,6 +114,6 @@ def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
 
 
 __all__ = [
-    "AsJson", "Colour", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes", "OnGap", "OnTilt", "Out",
-    "Preset", "Quiet", "Seed", "Set", "Xform", "reading", "say", "speaking",
+    "AsJson", "Colour", "Context", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes",
+    "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "reading", "say", "speaking",
 ]  # fmt: skip

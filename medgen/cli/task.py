@@ -10,6 +10,8 @@ from medgen.cli.model import show_plan
 from medgen.cli.shared import (
     AsJson,
     Colour,
+    Context,
+    Covariates,
     Data,
     Device,
     Domain,
@@ -25,6 +27,7 @@ from medgen.cli.shared import (
     Seed,
     Set,
     Xform,
+    listed,
     reading,
     say,
     speaking,
@@ -46,6 +49,8 @@ def augment(
     domain: Domain = None,
     minutes: Minutes = 20,
     set_: Set = [],  # noqa: B006
+    covariates: Covariates = "",
+    context: Context = None,
     seed: Seed = 0,
     device: Device = "auto",
     on_gap: OnGap = "error",
@@ -59,7 +64,10 @@ def augment(
 ):
     """Learn a folder and write synthetic scans in the folder's own format; none copies a patient."""
     options = reading(on_gap, on_tilt, xform, colour)
-    choices = {"preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed}
+    choices = {
+        "preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed,
+        "covariates": listed(covariates), "context": context,
+    }  # fmt: skip
     with speaking(quiet):
         if dry_run:
             show_plan(data, options, choices, as_json)

@@ -100,35 +100,37 @@ def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
     )
 
 
-def auto_recipe(found: Fingerprint, *, multiple: int, max_voxels: int) -> Recipe:
+def auto_recipe(found: Fingerprint, *, multiple: int | Sequence[int], max_voxels: int) -> Recipe:
     """A recipe for these scans: one lattice, a window that holds every body, intensity in [0, 1].
 
     Args:
         found: the scans' fingerprint.
-        multiple: every axis of the result is a multiple of it (the model's stride).
+        multiple: every axis of the result is a multiple of it (the model's stride), or of its own one; whatever
+            size a scan has, it is padded up to that. Only the single slice of an image never is.
         max_voxels: the result has at most about this many; coarser spacing makes it fit.
     """
-    return Recipe(steps=(*_geometry(found, multiple, max_voxels), _intensity(found)), outside=_outside(found))
+    multiples = (multiple,) * 3 if isinstance(multiple, int) else tuple(multiple)
+    return Recipe(steps=(*_geometry(found, multiples, max_voxels), _intensity(found)), outside=_outside(found))
 
 
-def _geometry(found: Fingerprint, multiple: int, max_voxels: int) -> list[Orient | Respace | CropOrPad]:
+def _geometry(found: Fingerprint, multiples: Sequence[int], max_voxels: int) -> list[Orient | Respace | CropOrPad]:
     if found.planar:
         extent = np.asarray(found.lattice.shape if found.lattice else _pixels(found))
         factor = max(1.0, (prod(extent) / max_voxels) ** 0.5)
-        rows, columns = (_up(n / factor, multiple) for n in extent[:2].tolist())
+        rows, columns = (_up(n / factor, m) for n, m in zip(extent[:2].tolist(), multiples, strict=False))
         respace = (
             [] if found.lattice and factor == 1 else [Respace(spacing=_rounded([s * factor for s in found.spacing], 4))]
         )
         return [*respace, CropOrPad(shape=(rows, columns, 1))]
     spacing = np.asarray(found.spacing)
     body = np.asarray(found.body)
-    while prod(_up(n, multiple) for n in body / spacing) > max_voxels and spacing.max() < body.max():
+    while prod(map(_up, body / spacing, multiples)) > max_voxels and spacing.max() < body.max():
         spacing = np.where(spacing <= spacing.min() * 1.01, spacing * 1.05, spacing)
     coarser = not np.allclose(spacing, found.spacing)
     if coarser:
         note(f"Scans are respaced to {', '.join(f'{s:.3g}' for s in spacing)} mm to fit {max_voxels:,} voxels.")
     respace = [Respace(spacing=_rounded(spacing.tolist(), 4))] if coarser or not found.lattice else []
-    i, j, k = (_up(n, multiple) for n in np.round(body / spacing, 3).tolist())
+    i, j, k = map(_up, np.round(body / spacing, 3).tolist(), multiples)
     about = _rounded(found.middle, 3) if found.middle else "foreground"
     return [Orient(axcodes="RAS"), *respace, CropOrPad(shape=(i, j, k), about=about)]
 

@@ -1,7 +1,7 @@
 """`medgen score`: one number and one map per scan: does it belong?
 
 The p-value places a scan's score among those of held-out healthy scans; the map shows how many healthy
-standard deviations it lies above the healthy mean at each place (see `medgen.tasks.detector`).
+standard deviations it lies from the healthy mean at each place (see `medgen.tasks.detector`).
 """
 
 import csv
@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
+from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import model_view
-from medgen.data.manifest import index
+from medgen.data.dataset import mask_view, model_view, real_view
+from medgen.data.manifest import Manifest, Row, index
+from medgen.data.window import flat, prepared, real_voxels, what_was_cut
 from medgen.errors import BundleError, DataError, MedgenError, OutputError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
@@ -26,7 +28,8 @@ from medgen.log import note, track
 from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
-from medgen.tasks.detector import Detector
+from medgen.tasks.conditions import conditions_for, told_of
+from medgen.tasks.detector import Detector, makes_maps
 from medgen.tasks.workspace import Workspace
 
 
@@ -36,7 +39,7 @@ class Scored:
 
     Args:
         case: its name.
-        score: how far the scan is from its healthy twin.
+        score: how far the scan is from its healthy twin, or how surprising it is: nats a voxel.
         unusual: distance of the score from the healthy scores' middle, in their spreads, either side.
         p: two-sided conformal p-value among held-out healthy scans; None with no calibration.
         flagged: p is at most the false-alarm rate asked for; None where it cannot be.
@@ -87,7 +90,7 @@ def score(
     """Score every scan of a file or folder against a bundle, and write scores, maps, masks and pictures.
 
     `out` gets `scores.csv` and `scores.json` (most suspicious first), and per scan
-    `maps/CASE_map.nii.gz` (healthy standard deviations above the healthy mean, on the scan's own grid,
+    `maps/CASE_map.nii.gz` (healthy standard deviations from the healthy mean, on the scan's own grid,
     NaN where nothing was scored), `maps/CASE_mask.nii.gz` (where the calibration allows one) and
     `pictures/CASE.png`.
 
@@ -109,7 +112,7 @@ def score(
     detector = Detector.of(bundle)
     target = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     bundle.model.to(target)
-    notes = _limits(bundle, rate)
+    notes = _limits(bundle, rate, maps)
     for sentence in notes:
         note(sentence)
     settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "rate": rate, "maps": maps}
@@ -121,7 +124,7 @@ def score(
         for row in track(manifest.rows, "Scoring"):
             if row.case not in work.done:
                 with work.writing():
-                    scored = run.score(manifest.locate(row.path), row.case)
+                    scored = run.score(row, manifest)
                 if scored.error:
                     note(f"Skipped {row.case}: {scored.error}")
                 work.record(row.case, asdict(scored))
@@ -137,17 +140,20 @@ def score(
     return result
 
 
-def _limits(bundle: Bundle, rate: float) -> list[str]:
+def _limits(bundle: Bundle, rate: float, maps: bool) -> list[str]:
     count = int(bundle.calibration.get("scans", 0))
+    told = []
+    if maps and not makes_maps(bundle.model):
+        told.append(f"{bundle.name} says how unusual a scan is, not where: there are no maps.")
     if count < 2:
-        return ["The bundle was calibrated on no healthy scan: scores have no p-value and maps are not drawn."]
-    if count < normals_needed(rate):
-        return [
+        told.append("The bundle was calibrated on no healthy scan: scores have no p-value and maps are not drawn.")
+    elif count < normals_needed(rate):
+        told.append(
             f"A false-alarm rate of {rate:g} needs {normals_needed(rate)} held-out healthy scans; the bundle has "
             f"{count}. Scans are not flagged and no mask is drawn; the smallest "
             f"possible p-value is {1 / (count + 1):.3f}."
-        ]
-    return []
+        )
+    return told
 
 
 @dataclass(frozen=True, eq=False)
@@ -161,25 +167,40 @@ class _Run:
     maps: bool
     options: ReadOptions
 
-    def score(self, path: str, case: str) -> Scored:
+    def score(self, row: Row, manifest: Manifest) -> Scored:
         """Score one scan and write its files; whatever is wrong with it becomes its `error`."""
         try:
-            source = io.read(path, self.options)
-            warnings = self.bundle.contract.check(source)
-            warnings += _field_of_view(source.grid, self.bundle.recipe.grid(source))
-            prepared = self.bundle.recipe(source)
-            device = next(self.detector.model.parameters()).device
-            x = model_view(prepared)[None].to(device)
-            score, z = self.detector(x)
-            scored = self._placed(case, score, tuple(warnings))
+            source = io.read(manifest.locate(row.path), self.options)
+            seen = flat(source)
+            warnings = self.bundle.contract.check(seen)
+            warnings += _field_of_view(seen.grid, self.bundle.recipe.grid(seen))
+            ready, real = prepared(seen, self.bundle.recipe)
+            warnings += filter(None, [what_was_cut(seen, ready, self.bundle.recipe)])
+            score, z = self._detected(ready, real, row, manifest)
+            scored = self._placed(row.case, score, tuple(warnings))
             if z is None:
                 return scored
-            scored = replace(scored, z_max=round(float(z.max()), 3))
-            return self._written(source, prepared, z, scored) if self.maps else scored
+            scored = replace(scored, z_max=round(float(np.nanmax(z)), 3))
+            return self._written(source, ready, z, scored) if self.maps else scored
         except OutputError:
             raise  # the disk is to blame, not the scan
         except MedgenError as error:
-            return Scored(case, error=str(error))
+            return Scored(row.case, error=str(error))
+
+    def _detected(
+        self, ready: Scan, real: Bool[np.ndarray, "i j k"], row: Row, manifest: Manifest
+    ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
+        """Score and z-map, with whatever the model is told besides the scan."""
+        model = self.detector.model
+        told = told_of(model.config)
+        given: dict[str, Tensor] = {}
+        if told["covariates"]:
+            given["cond"] = conditions_for(model.config, [row.label], [row.covariates])
+        if told["context"]:
+            given["context"] = mask_view(row.mask and manifest.locate(row.mask), ready.grid, self.options)[None]
+        if not real.all():
+            given["real"] = real_view(real)[None]
+        return self.detector(model_view(ready)[None], **given)
 
     def _placed(self, case: str, score: float, warnings: tuple[str, ...]) -> Scored:
         """The score among those of healthy scans."""
@@ -212,7 +233,7 @@ class _Run:
             scored = replace(scored, mask_mm3=round(float(marked.sum()) * source.grid.voxel_volume, 3))
         said = "no p-value" if scored.p is None else f"p = {scored.p:.3f}"
         title = f"{scored.case}: score {scored.score:.4g}, {said}, highest z {scored.z_max:.1f}"
-        overlay(source, on_source, self.folder / "pictures" / f"{name}.png", title=title)
+        overlay(flat(source), flat(on_source), self.folder / "pictures" / f"{name}.png", title=title)
         return scored
 
 
@@ -222,9 +243,7 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
     Raises:
         BundleError: less than a third of the window lies inside the scan.
     """
-    places = np.stack(np.meshgrid(*[np.linspace(0, n - 1, 9) for n in window.shape], indexing="ij"), -1)
-    index_of = source.index(window.world(places.reshape(-1, 3)))
-    inside = ((index_of > -0.51) & (index_of < np.asarray(source.shape) - 0.49)).all(1).mean()
+    inside = real_voxels(window, source).mean()
     if inside < 1 / 3:
         raise BundleError(
             f"Only {inside:.0%} of the model's field of view lies inside this scan: another body part, or another "

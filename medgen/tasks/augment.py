@@ -6,7 +6,7 @@ drawn again.
 
 import csv
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,13 +22,14 @@ from medgen.errors import CapabilityError, ConfigError, PrivacyError
 from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
-from medgen.models import FAMILIES, family
 from medgen.models.base import Samples
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
-from medgen.tasks.learn import learn, plan_training
+from medgen.tasks.capabilities import can, families_that
+from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.learn import Choices, learn, plan_training
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]
@@ -70,6 +71,8 @@ def augment(
     overrides: Sequence[str] = (),
     minutes: float | None = 20,
     seed: int = 0,
+    covariates: Sequence[str] = (),
+    context: Literal["mask"] | None = None,
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     force: bool = False,
@@ -77,7 +80,9 @@ def augment(
     """Learn the scans of a folder and write new ones beside nothing of theirs.
 
     `out` gets the synthetic scans in the layout of `data` (class sub-folders stay), `manifest.csv`,
-    `contact_sheet.png`, `run.json` and the trained `bundle`.
+    `contact_sheet.png`, `run.json` and the trained `bundle`. A model that is told covariates is told invented
+    ones, which the manifest states; one that is given masks is given the training scans' in turn, and
+    `masks` holds a copy beside each scan (that outline is a patient's, the scan is not).
 
     Args:
         data: a folder, zip, CSV or .npz of scans.
@@ -86,29 +91,20 @@ def augment(
         per_class: how many of each class instead.
         bundle: use this trained bundle instead of learning; `data` then serves the copy test.
         format: 'auto' writes what `data` is made of.
-        preset, label, domain, overrides, minutes, seed, device, options: as for `train`.
+        preset, label, domain, overrides, minutes, seed, covariates, context, device, options: as for `train`.
         force: replace an existing output.
 
     Raises:
         DataError, ConfigError, CapabilityError, TrainingError, PrivacyError, OutputError.
     """
+    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), context)
     settings = {
         "data": str(Path(data).resolve()), "n": n, "per_class": per_class, "bundle": str(bundle), "format": format,
-        "preset": str(preset), "label": label, "domain": domain, "overrides": list(overrides), "minutes": minutes,
-        "seed": seed, "options": vars(options),
+        **choices.settings(), "options": vars(options),
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        plan = plan_training(
-            place,
-            preset=preset,
-            label=label,
-            domain=domain,
-            overrides=overrides,
-            minutes=minutes,
-            options=options,
-            seed=seed,
-        )
+        plan = plan_training(place, choices, options)
         given = None if bundle is None else Bundle.load(bundle)
         if given:
             _require_sampling(given)
@@ -126,9 +122,10 @@ def augment(
             trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
             work.record("bundle")
         _require_sampling(trained)
+        source = _Source(trained, _masks(trained, plan.manifest, chosen, options), seed)
         detector, test = _copy_detector(plan.manifest, trained, options, seed)
         with work.writing():
-            written, rejected = _generate(trained, wanted, chosen, detector, test, work, seed)
+            written, rejected = _generate(source, wanted, chosen, detector, test, work)
             _finish_files(written, trained, chosen, work, seed)
         facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict() if test else None}
         work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
@@ -139,10 +136,19 @@ def augment(
 
 
 def _require_sampling(bundle: Bundle) -> None:
-    model = bundle.model
-    if "samples" not in model.abilities(model.config):
-        able = [name for name in FAMILIES if "samples" in family(name).abilities(model.config)]
-        raise CapabilityError(f"{model.config.kind} cannot augment: it does not sample. Models that can: {able}.")
+    if not can(bundle.model, "samples"):
+        raise CapabilityError(
+            f"{bundle.name} cannot augment: it does not sample. Models that can: {families_that('samples')}."
+        )
+
+
+def _masks(bundle: Bundle, manifest: Manifest, chosen: str, options: ReadOptions) -> list[Tensor]:
+    """What a model that draws scans for given masks is given; empty for others."""
+    if not told_of(bundle.model.config)["context"]:
+        return []
+    if chosen == "npz":
+        raise ConfigError("Scans drawn for given masks need a place for the masks, which .npz has not. Use --format.")
+    return masks_of(manifest, bundle.recipe, options)
 
 
 def _wanted(classes: Sequence[str], n: int | None, per_class: int | None) -> list[tuple[str, str]]:
@@ -198,44 +204,66 @@ def _copy_detector(
 
 
 def _part(manifest: Manifest, rows: Sequence[Row]) -> Manifest:
-    from dataclasses import replace
-
     return replace(manifest, rows=tuple(rows))
 
 
 # -- generation ----------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class _Source:
+    """Where synthetic scans come from: a bundle, the masks to draw them for if it takes any, and a seed."""
+
+    bundle: Bundle
+    masks: Sequence[Tensor]
+    seed: int
+
+    def cells(self, index: int) -> dict[str, str]:
+        """The covariates of scan `index`."""
+        return drawn_cells(told_of(self.bundle.model.config)["covariates"], derived_seed(self.seed, index))
+
+    def mask(self, index: int) -> Tensor | None:
+        """The mask (1, *space) of scan `index`."""
+        return self.masks[index % len(self.masks)] if self.masks else None
+
+    def draw(self, index: int, draw: int, label: str) -> Tensor:
+        """Values (c, *space) in [0, 1]."""
+        model, mask = self.bundle.model, self.mask(index)
+        given = {} if mask is None else {"context": mask[None]}
+        cond = conditions_for(model.config, [label], [self.cells(index)])
+        seed = derived_seed(self.seed, index, draw)
+        return cast(Samples, model).sample(1, seed=seed, cond=cond, **given)[0].clamp(0, 1)
+
+
 def _generate(
-    bundle: Bundle,
+    source: _Source,
     wanted: Sequence[tuple[str, str]],
     chosen: str,
     detector: CopyDetector | None,
     test: CopyTest | None,
     work: Workspace,
-    seed: int,
 ) -> tuple[list[dict[str, Any]], int]:
     """Draw, screen and write every scan not in the journal; a copy is drawn again under the next number."""
-    classes = bundle.model.config.classes
     rejected = 0
     with progress("Generating", len(wanted)) as bar:
         for index, (name, label) in enumerate(wanted):
             if f"scan {name}" not in work.done:
-                cond = torch.tensor([classes.index(label)]) if classes else None
-                values, draws, ratio = _new_scan(bundle, index, cond, detector, test, seed)
-                place = _write(bundle, values, name, label, chosen, work.folder, seed)
+                values, draws, ratio = _new_scan(source, index, label, detector, test)
+                place = _write(source.bundle, values, name, label, chosen, work.folder, source.seed)
                 row = {"case": name, "patient": name, "path": place, "label": label, "draws": draws, "r": ratio}
-                work.record(f"scan {name}", row)
+                if (mask := source.mask(index)) is not None:
+                    row["mask"] = _write_mask(source.bundle, mask, name, chosen, work.folder)
+                work.record(f"scan {name}", row | {"covariates": source.cells(index)})
             rejected += work.done[f"scan {name}"]["draws"] - 1
             bar.advance()
     return [work.done[f"scan {name}"] for name, _ in wanted], rejected
 
 
 def _new_scan(
-    bundle: Bundle, index: int, cond: Tensor | None, detector: CopyDetector | None, test: CopyTest | None, seed: int
+    source: _Source, index: int, label: str, detector: CopyDetector | None, test: CopyTest | None
 ) -> tuple[Tensor, int, float | None]:
     for draw in range(_MOST_DRAWS):
-        values = cast(Samples, bundle.model).sample(1, seed=derived_seed(seed, index, draw), cond=cond)[0].clamp(0, 1)
+        values = source.draw(index, draw, label)
         if detector is None or test is None:
             return values, draw + 1, None
         ratio = detector.nearest(values)[0]
@@ -245,6 +273,16 @@ def _new_scan(
         f"{_MOST_DRAWS} draws in a row copied training scans: the model has memorised them. Nothing was written. "
         "Train on more scans, or for a shorter time."
     )
+
+
+def _write_mask(bundle: Bundle, mask: Tensor, name: str, chosen: str, folder: Path) -> str:
+    """Write the mask that a scan was drawn for; returns its path relative to `folder`."""
+    drawn = bundle.contract.physical_scan(mask.numpy().astype(np.uint8), Scale())
+    target = folder / "masks" / f"{name}{'.png' if chosen == 'png' else '.nii.gz'}"
+    target.parent.mkdir(exist_ok=True)
+    target.unlink(missing_ok=True)
+    io.write(replace(drawn, is_label=True), target)
+    return target.relative_to(folder).as_posix()
 
 
 def _write(bundle: Bundle, values: Tensor, name: str, label: str, chosen: str, folder: Path, seed: int) -> str:
@@ -299,10 +337,11 @@ def _finish_files(written: Sequence[dict[str, Any]], bundle: Bundle, chosen: str
     if chosen == "npz":
         written = _as_npz(written, work.folder)
     columns = ["case", "patient", "path", "label", "split", "synthetic", "r"]
+    columns += [name for name in ("mask", *written[0]["covariates"]) if name in written[0] | written[0]["covariates"]]
     with (work.folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, columns, extrasaction="ignore")
         writer.writeheader()
-        writer.writerows({"split": "train", "synthetic": "yes", **row} for row in written)
+        writer.writerows({"split": "train", "synthetic": "yes", **row, **row["covariates"]} for row in written)
 
 
 def _as_npz(written: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

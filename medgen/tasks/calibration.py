@@ -65,51 +65,69 @@ class Normals:
         sd: (*space) its spread, likewise.
         maxima: highest z of each healthy map, with mean and spread taken from the others.
         tails: mean of the highest half per cent of each, likewise.
+        two_sided: residuals below the healthy mean are as unusual as those above; z is its own magnitude.
     """
 
     mean: Float[np.ndarray, "*space"]
     sd: Float[np.ndarray, "*space"]
     maxima: Float[np.ndarray, " n"]
     tails: Float[np.ndarray, " n"]
+    two_sided: bool = False
 
     def z_map(self, residual: Float[np.ndarray, "*space"]) -> Float[np.ndarray, "*space"]:
-        """How many healthy spreads a residual lies above the healthy mean."""
-        return (residual - self.mean) / self.sd
+        """How many healthy spreads a residual lies above the healthy mean (or, two-sided, away from it)."""
+        z = (residual - self.mean) / self.sd
+        return np.abs(z) if self.two_sided else z
 
 
 def tail_mean(z: Float[np.ndarray, "*space"]) -> float:
-    """Mean of the highest half per cent of a map."""
-    count = max(1, round(_TAIL * z.size))
-    return float(np.partition(z.ravel(), -count)[-count:].mean())
+    """Mean of the highest half per cent of a map, NaN left out."""
+    known = z[np.isfinite(z)]
+    count = max(1, round(_TAIL * known.size))
+    return float(np.partition(known, -count)[-count:].mean())
 
 
-def normals(residuals: Float[np.ndarray, "n *space"]) -> Normals:
-    """Learn what healthy residual maps look like; each map's own maximum and tail leave that map out."""
-    n = len(residuals)
-    total, squares = residuals.sum(0, dtype=np.float64), np.square(residuals, dtype=np.float64).sum(0)
+def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False) -> Normals:
+    """Learn what healthy residual maps look like; each map's own maximum and tail leave that map out.
+
+    Args:
+        residuals: maps, NaN where a scan has no voxel.
+        two_sided: count residuals below the healthy mean as unusual too.
+    """
+    known = np.isfinite(residuals)
+    count, filled = known.sum(0), residuals if known.all() else np.where(known, residuals, 0)
+    total, squares = filled.sum(0, dtype=np.float64), np.square(filled, dtype=np.float64).sum(0)
     maxima, tails = [], []
-    for one in residuals:
-        mean, sd = _mean_and_sd(total - one, squares - np.square(one, dtype=np.float64), n - 1)
-        z = (one - mean) / sd
+    for one, seen in zip(filled, known, strict=True):
+        others = (total - one, squares - np.square(one, dtype=np.float64), count - seen)
+        left_out = Normals(*_mean_and_sd(*others, two_sided), np.empty(0), np.empty(0), two_sided)
+        z = left_out.z_map(one)[seen]
         maxima.append(float(z.max()))
         tails.append(tail_mean(z))
-    mean, sd = _mean_and_sd(total, squares, n)
-    return Normals(mean.astype(np.float32), sd.astype(np.float32), np.asarray(maxima), np.asarray(tails))
+    mean, sd = _mean_and_sd(total, squares, count, two_sided)
+    return Normals(mean.astype(np.float32), sd.astype(np.float32), np.asarray(maxima), np.asarray(tails), two_sided)
 
 
-def _mean_and_sd(total: np.ndarray, squares: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+def _mean_and_sd(
+    total: np.ndarray, squares: np.ndarray, count: np.ndarray, two_sided: bool
+) -> tuple[np.ndarray, np.ndarray]:
     """From sums, the largest mean and spread nearby: anatomy is not aligned to the voxel.
 
     A healthy edge may lie a voxel or two aside, so what is usual next door is not unusual here; and the
-    spread of few scans is noisy, so it is smoothed and never tiny.
+    spread of few scans is noisy, so it is smoothed and never tiny. The largest mean would make anything below
+    it unusual, so two-sided maps keep their own. A voxel that fewer than two scans have is like the others.
     """
     from scipy.ndimage import gaussian_filter, maximum_filter
 
-    mean = total / count
-    sd = np.sqrt(np.maximum(squares / count - mean**2, 0) * count / max(1, count - 1))
-    floor = 0.1 * float(np.sqrt(np.mean(sd**2))) + 1e-6
+    some = np.maximum(count, 1)
+    mean = total / some
+    sd = np.sqrt(np.maximum(squares / some - mean**2, 0) * some / np.maximum(1, some - 1))
+    known = count >= 2 if (count >= 2).any() else count >= 0
+    typical = float(np.sqrt(np.mean(sd[known] ** 2)))
+    if not known.all():
+        mean, sd = np.where(known, mean, mean[known].mean()), np.where(known, sd, typical)
     near = maximum_filter(gaussian_filter(sd, 1.5, mode="nearest"), 5, mode="nearest")
-    return maximum_filter(mean, 3, mode="nearest"), np.maximum(near, floor)
+    return mean if two_sided else maximum_filter(mean, 3, mode="nearest"), np.maximum(near, 0.1 * typical + 1e-6)
 
 
 __all__ = ["Normals", "folded", "mask_threshold", "normals", "normals_needed", "p_value", "tail_mean"]

@@ -1,32 +1,59 @@
 """From a model to one number and one map per scan, calibrated on held-out healthy scans.
 
-The scan is compared with its healthy twin (where the model restores; else with its reconstruction):
+A model that restores or reconstructs: the scan is compared with its healthy twin.
 
     images   residual = 1 - SSIM,                 score = its mean
     volumes  residual = local mean of |x - twin|,  score = mean of the highest half per cent of the z-map
 
 The z-map says how many healthy standard deviations a residual lies above the healthy mean at that place.
+
+A model with a density: how surprising the scan is, in nats. Smooth scans surprise a density less than healthy
+ones, though they may be ill, so scores (see `medgen.tasks.calibration`) and z-maps are two-sided: |z|.
+
+    residual = local mean of -log p(x) at each voxel,  score = mean of -log p(x) over the voxels
+
+A density without a map gives the score alone, over the whole window. Everywhere else only real voxels count,
+not those that pad a small scan; a map is NaN there.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import log
 from typing import Any, cast
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from medgen.bundle import Bundle
-from medgen.data.dataset import ScanDataset
+from medgen.data.dataset import Batch, ScanDataset
 from medgen.errors import CapabilityError
-from medgen.metrics.image import local_mean, ssim_map
-from medgen.models import FAMILIES, family
-from medgen.models.base import Model, Reconstructs, Restores
+from medgen.metrics.image import local_mean, psnr, ssim_map
+from medgen.models.base import (
+    Ability,
+    BoundsDensity,
+    EstimatesDensity,
+    MapsDensity,
+    Model,
+    ModelConfig,
+    Reconstructs,
+    Restores,
+    ScoresDensity,
+)
 from medgen.tasks.calibration import Normals, normals, tail_mean
+from medgen.tasks.capabilities import can, families_that
 
 # Windows in voxels; beyond so many maps the spread at a voxel is known well enough.
-_SSIM_WINDOW, _L1_WINDOW = 7, 5
+_SSIM_WINDOW, _LOCAL_WINDOW = 7, 5
 _MOST_MAPS = {2: 512, 3: 64}
+_TWINS: tuple[Ability, ...] = ("restores", "reconstructs")
+_DENSITIES: dict[Ability, tuple[str, str]] = {
+    "scores_density": ("log_prob", ""),
+    "bounds_density": ("elbo", "_bound"),
+    "estimates_density": ("log_prob_estimate", "_estimate"),
+}
+# An estimate takes hundreds of evaluations a scan.
+_MOST_ESTIMATES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -34,9 +61,9 @@ class Detector:
     """A bundle's model with what it knows of healthy scans.
 
     Args:
-        model: reconstructs, and perhaps restores.
+        model: restores, reconstructs or has a density.
         scores: of held-out healthy scans.
-        normals: their residual maps; None with fewer than two.
+        normals: their residual maps; None with fewer than three, or where the model makes none.
     """
 
     model: Model
@@ -48,88 +75,229 @@ class Detector:
         """The detector in a bundle.
 
         Raises:
-            CapabilityError: its model does not reconstruct.
+            CapabilityError: its model cannot score.
         """
-        require_reconstruction(bundle.model)
+        require_scoring(bundle.model)
         known = None
         if "mean" in bundle.tensors:
             told = {name: np.asarray(bundle.calibration[name]) for name in ("maxima", "tails")}
-            known = Normals(bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy(), **told)
+            two_sided = not can(bundle.model, *_TWINS)
+            known = Normals(bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy(), **told, two_sided=two_sided)
         return cls(bundle.model, np.asarray(bundle.calibration.get("scores", [])), known)
 
-    def __call__(self, x: Float[Tensor, "1 c *space"]) -> tuple[float, Float[np.ndarray, "*space"] | None]:
-        """Score and z-map of one prepared scan; without healthy maps the mean residual and None."""
-        residual = residual_map(self.model, x)[0].cpu().numpy()
-        z = None if self.normals is None else self.normals.z_map(residual).astype(np.float32)
-        return (tail_mean(z) if z is not None and x.ndim == 5 else float(residual.mean())), z
+    def __call__(
+        self,
+        x: Float[Tensor, "1 c *space"],
+        *,
+        cond: Tensor | None = None,
+        context: Tensor | None = None,
+        real: Bool[Tensor, "1 *space"] | None = None,
+    ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
+        """Score and z-map of one prepared scan and what is given with it; without healthy maps None for the map."""
+        score, residual = examined(self.model, Batch(x, cond, context, real=real))
+        if residual is None or self.normals is None:
+            return float(score), None
+        z = self.normals.z_map(residual[0].cpu().numpy()).astype(np.float32)
+        return tail_mean(z) if _scored_by_tail(self.model) else float(score), z
+
+
+def require_scoring(model: Model) -> None:
+    """Refuse a model that cannot score anomalies, naming families that can.
+
+    Raises:
+        CapabilityError: the model neither restores, nor reconstructs, nor has a density.
+    """
+    if not can_score(model):
+        raise CapabilityError(
+            f"{model.config.kind} cannot score anomalies: it neither restores nor reconstructs, and has no density. "
+            f"Models that can: {families_that(*_TWINS, *_DENSITIES)}."
+        )
+
+
+def can_score(model: Model) -> bool:
+    """Whether a model says at all how unusual a scan is."""
+    return can(model, *_TWINS, *_DENSITIES)
+
+
+def makes_maps(model: Model) -> bool:
+    """Whether a model says where a scan is unusual, not only whether it is."""
+    return can(model, *_TWINS, "maps_density")
 
 
 @torch.no_grad()
-def residual_map(model: Model, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
-    """How a scan differs from its healthy twin at every voxel.
+def examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *space"] | None]:
+    """Mean residual of each scan, and the residual map, NaN where no voxel is real; None without maps.
 
-    A model of several classes is asked for a twin of each; the nearest one counts, whatever the scan's
-    label says, so labelled and unlabelled scans are scored alike.
+    A model of several classes is asked about each; the one that suits the scan best counts, whatever the
+    scan's label says, so labelled and unlabelled scans are scored alike.
 
     Raises:
-        CapabilityError: the model does not reconstruct.
+        CapabilityError: the model cannot score.
     """
-    require_reconstruction(model)
-    classes = range(len(model.config.classes)) if model.config.classes else [None]
-    maps = []
-    for name in classes:
-        cond = None if name is None else torch.full((len(x),), name, dtype=torch.long, device=x.device)
-        maps.append(_difference(x, _twin(model, x, cond)))
-    found = torch.stack(maps)
-    nearest = found.flatten(2).mean(2).argmin(0)
-    return found[nearest, torch.arange(len(x), device=x.device)]
+    require_scoring(model)
+    batch = batch.to(next(model.parameters()).device)
+    found = [_examined(model, replace(batch, cond=cond)) for cond in _conditions(model.config, batch)]
+    scores = torch.stack([score for score, _ in found])
+    nearest, rows = scores.argmin(0), torch.arange(len(batch.x), device=scores.device)
+    maps = [residual for _, residual in found if residual is not None]
+    return scores[nearest, rows], torch.stack(maps)[nearest, rows] if maps else None
 
 
-def _twin(model: Model, x: Tensor, cond: Tensor | None) -> Tensor:
-    if "restores" in model.abilities(model.config):
-        return cast(Restores, model).restore(x, cond=cond).clamp(0, 1)
-    return cast(Reconstructs, model).reconstruct(x, cond).clamp(0, 1)
+def log_density(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
+    """log p(x), its bound or its estimate, nats a real voxel and channel; and the standard error of an estimate.
+
+    Where a scan has voxels that are not real and the model tells what each contributes, those are left out.
+    """
+    given = _given(batch)
+    if batch.real is not None and can(model, "maps_density"):
+        told = cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **given)[:, 0]
+        found = _mean(told, batch.real) / batch.x.shape[1]
+        return found, torch.zeros_like(found)
+    size = batch.x[0].numel()
+    if can(model, "scores_density"):
+        found = cast(ScoresDensity, model).log_prob(batch.x, batch.cond, **given) / size
+    elif can(model, "bounds_density"):
+        found = cast(BoundsDensity, model).elbo(batch.x, batch.cond, **given) / size
+    else:
+        # One by one, as the noise of an estimate depends on the scan's place in the batch.
+        rows = [replace(batch, **{k: v[n : n + 1] for k, v in _tensors(batch).items()}) for n in range(len(batch.x))]
+        estimates = [cast(EstimatesDensity, model).log_prob_estimate(r.x, r.cond, **_given(r)) for r in rows]
+        found, error = (torch.cat(part) / size for part in zip(*estimates, strict=True))
+        return found, error
+    return found, torch.zeros_like(found)
+
+
+# -- one hypothesis ------------------------------------------------------------------------------------
+
+
+def _conditions(config: ModelConfig, batch: Batch) -> list[Tensor | None]:
+    """What to tell the model of the batch: each class in turn, with the covariates that are known."""
+    classes, n, device = len(config.classes), len(batch.x), batch.x.device
+    if not getattr(config, "covariates", ()):
+        return [torch.full((n,), c, dtype=torch.long, device=device) for c in range(classes)] or [None]
+    width = getattr(config, "condition_width", 0)
+    told = torch.zeros(n, width, device=device) if batch.cond is None else batch.cond
+    if not classes:
+        return [told]
+    each = torch.eye(classes, device=device)
+    return [torch.cat([each[c].expand(n, -1), told[:, classes:]], 1) for c in range(classes)]
+
+
+def _examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *space"] | None]:
+    """Mean residual and residual map under the batch's own condition."""
+    if can(model, *_TWINS):
+        residual = _difference(batch.x, _twin(model, batch))
+        return _mean(residual, batch.real), _hidden(residual, batch.real)
+    if not can(model, "maps_density"):
+        return -batch.x.shape[1] * log_density(model, batch)[0], None
+    surprise = -cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **_given(batch))
+    return _mean(surprise[:, 0], batch.real), _hidden(_local(surprise, batch.real)[:, 0], batch.real)
+
+
+def _twin(model: Model, batch: Batch) -> Tensor:
+    given = _given(batch)
+    if can(model, "restores"):
+        return cast(Restores, model).restore(batch.x, cond=batch.cond, **given).clamp(0, 1)
+    return cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **given).clamp(0, 1)
 
 
 def _difference(x: Float[Tensor, "b c *space"], twin: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
     if x.ndim == 4:
         return (1 - ssim_map(x, twin, window=_SSIM_WINDOW))[:, 0]
-    return local_mean((x - twin).abs(), _L1_WINDOW).mean(1)
+    return local_mean((x - twin).abs(), _LOCAL_WINDOW).mean(1)
 
 
-def require_reconstruction(model: Model) -> None:
-    """Refuse a model that cannot score anomalies, naming families that can.
+def _local(values: Float[Tensor, "b 1 *space"], real: Tensor | None) -> Float[Tensor, "b 1 *space"]:
+    """Mean over the real voxels around each voxel."""
+    if real is None:
+        return local_mean(values, _LOCAL_WINDOW)
+    weight = real[:, None].to(values)
+    return local_mean(values * weight, _LOCAL_WINDOW) / local_mean(weight, _LOCAL_WINDOW).clamp(min=1e-6)
 
-    Raises:
-        CapabilityError: the model does not reconstruct.
-    """
-    if "reconstructs" not in model.abilities(model.config):
-        able = [name for name in FAMILIES if "reconstructs" in family(name).abilities(model.config)]
-        raise CapabilityError(
-            f"{model.config.kind} cannot score anomalies: it does not reconstruct. Models that can: {', '.join(able)}."
-        )
+
+def _mean(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tensor, " b"]:
+    """Mean of each map over its real voxels."""
+    if real is None:
+        return values.flatten(1).mean(1)
+    return (values * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp(min=1)
+
+
+def _hidden(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tensor, "b *space"]:
+    return values if real is None else values.masked_fill(~real, torch.nan)
+
+
+def _given(batch: Batch) -> dict[str, Any]:
+    """What only models that take it are given."""
+    return {} if batch.context is None else {"context": batch.context}
+
+
+def _tensors(batch: Batch) -> dict[str, Tensor]:
+    named = {name: getattr(batch, name) for name in ("x", "cond", "context", "real")}
+    return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+
+def _scored_by_tail(model: Model) -> bool:
+    return model.config.dims == 3 and can(model, *_TWINS)
+
+
+# -- calibration ---------------------------------------------------------------------------------------
 
 
 def calibrate(model: Model, healthy: ScanDataset) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What held-out healthy scans score, as plain numbers and tensors for a bundle.
 
     Raises:
-        CapabilityError: the model does not reconstruct.
+        CapabilityError: the model cannot score.
     """
-    volumes = model.config.dims == 3
     means: list[float] = []
     maps: list[np.ndarray] = []
-    for batch in healthy.batches(1 if volumes else 64):
-        residual = residual_map(model, batch.x)
-        means += residual.flatten(1).mean(1).tolist()
-        maps.append(residual[: max(0, _MOST_MAPS[model.config.dims] - sum(map(len, maps)))].numpy())
-    if len(means) < 3:
+    for batch in healthy.batches(1 if model.config.dims == 3 else 64):
+        scores, residual = examined(model, batch)
+        means += scores.tolist()
+        if residual is not None:
+            maps.append(residual[: max(0, _MOST_MAPS[model.config.dims] - sum(map(len, maps)))].cpu().numpy())
+    if len(means) < 3 or not maps:
         return {"scores": means, "scans": len(means)}, {}
-    learnt = normals(np.concatenate(maps))
+    learnt = normals(np.concatenate(maps), two_sided=not can(model, *_TWINS))
     tails = learnt.tails.tolist()
-    numbers = {"scores": tails if volumes else means, "maxima": learnt.maxima.tolist(), "tails": tails}
+    numbers = {"scores": tails if _scored_by_tail(model) else means, "maxima": learnt.maxima.tolist(), "tails": tails}
     numbers["scans"] = len(numbers["scores"])
     return numbers, {"mean": torch.from_numpy(learnt.mean), "sd": torch.from_numpy(learnt.sd)}
 
 
-__all__ = ["Detector", "calibrate", "require_reconstruction", "residual_map"]
+@torch.no_grad()
+def held_out_metrics(model: Model, data: ScanDataset) -> dict[str, float]:
+    """How well a model reconstructs held-out scans, and how likely it finds them.
+
+    A density of whole grey values (a config that states `bits`) is told in bits a dimension, any other in
+    nats a voxel and channel. Exact, bound and estimate have different names.
+    """
+    told: dict[str, float] = {"held_out_scans": len(data)}
+    kinds = [names for ability, names in _DENSITIES.items() if can(model, ability)]
+    ratios, densities, errors = [], [], []
+    for batch in data.batches(8):
+        batch = batch.to(next(model.parameters()).device)
+        if can(model, "reconstructs"):
+            twin = cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **_given(batch))
+            ratios.append(psnr(twin, batch.x))
+        if kinds and (kinds[0][1] != "_estimate" or sum(map(len, densities)) < _MOST_ESTIMATES):
+            density, error = log_density(model, batch)
+            densities.append(density)
+            errors.append(error)
+    if ratios:
+        told["held_out_psnr_db"] = round(float(torch.cat(ratios).mean()), 2)
+    if not densities:
+        return told
+    (name, kind), mean = kinds[0], float(torch.cat(densities).mean())
+    error = float(torch.cat(errors).square().sum().sqrt()) / sum(map(len, errors))
+    named, unit = f"held_out_{name}_nats_per_voxel", 1.0
+    if getattr(model.config, "bits", 0):
+        named, unit = f"held_out_bits_per_dim{kind}", -1 / log(2)
+    told[named] = round(mean * unit, 4)
+    return told | ({f"{named}_standard_error": round(error * abs(unit), 4)} if kind == "_estimate" else {})
+
+
+__all__ = [
+    "Detector", "calibrate", "can_score", "examined", "held_out_metrics", "log_density", "makes_maps",
+    "require_scoring",
+]  # fmt: skip

@@ -2,12 +2,13 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle, Contract
@@ -16,23 +17,55 @@ from medgen.data.dataset import ScanDataset
 from medgen.data.fingerprint import Fingerprint, auto_recipe, fingerprint
 from medgen.data.manifest import Manifest, index
 from medgen.data.recipe import GeometryStep, Recipe
+from medgen.data.window import flat
 from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
-from medgen.metrics.image import psnr
 from medgen.models import build, family
-from medgen.models.base import BoundsDensity, Model, ModelConfig, Reconstructs, Samples
+from medgen.models.base import Model, ModelConfig, Samples
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scan
-from medgen.tasks.detector import calibrate
+from medgen.seeds import derived_seed
+from medgen.tasks.capabilities import can
+from medgen.tasks.conditions import check_context, condition_fields, conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.detector import calibrate, can_score, held_out_metrics
 from medgen.tasks.workspace import Workspace
 from medgen.training.fit import FitConfig, fit, images_in
 from medgen.training.state import Progress
 
 # Scans read to find a recipe; a fingerprint needs no more.
 _LOOKED_AT = 64
+
+
+@dataclass(frozen=True)
+class Choices:
+    """What a person decides about a training run.
+
+    Args:
+        preset: name or YAML file; None: the default for images or for volumes.
+        label: learn one class only, such as 'normal'.
+        domain: learn one modality or site only.
+        overrides: 'a.b=c' changes of the preset.
+        minutes: training time to keep within on this machine; None: the preset's images.
+        seed: decides splits, order, noise.
+        covariates: columns of the manifest that the model is told, such as 'age' and 'sex'.
+        context: 'mask' gives the model each scan's mask; None for nothing.
+    """
+
+    preset: str | Path | None = None
+    label: str | None = None
+    domain: str | None = None
+    overrides: Sequence[str] = ()
+    minutes: float | None = 20
+    seed: int = 0
+    covariates: Sequence[str] = ()
+    context: Literal["mask"] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        return asdict(self) | {"preset": str(self.preset)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -71,37 +104,36 @@ class Plan:
         }
 
 
-def plan_training(
-    data: str | Path,
-    *,
-    preset: str | Path | None = None,
-    label: str | None = None,
-    domain: str | None = None,
-    overrides: Sequence[str] = (),
-    minutes: float | None = 20,
-    options: ReadOptions = ReadOptions(),
-    seed: int = 0,
-) -> Plan:
+def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadOptions = ReadOptions()) -> Plan:
     """Look at the scans and decide everything; nothing is written.
 
     Raises:
         DataError: nothing to learn from.
         ConfigError: the preset does not fit.
     """
-    manifest = _chosen(index(data, options, seed=seed), label, domain)
+    manifest = _chosen(index(data, options, seed=choices.seed), choices.label, choices.domain)
     note(manifest.summary())
     found = fingerprint(_readable(manifest.split("train"), options))
-    name = str(preset or ("vae2d" if found.planar else "vae3d"))
-    values = load_preset(name, overrides)
-    if values.about.dims != (2 if found.planar else 3):
+    name = str(choices.preset or ("vae2d" if found.planar else "vae3d"))
+    preset = load_preset(name, choices.overrides)
+    if preset.about.dims != (2 if found.planar else 3):
         kind = "images" if found.planar else "volumes"
         raise ConfigError(
-            f"Preset {name!r} is for {values.about.dims}D; these are {kind}. Run `medgen models` for others."
+            f"Preset {name!r} is for {preset.about.dims}D; these are {kind}. Run `medgen models` for others."
         )
-    recipe = _recipe(values, found)
-    config = _model_config(values, recipe, found, manifest, name)
-    settings = typed(FitConfig, values.fit, name, "fit")
-    return Plan(manifest, name, config, recipe, settings, found, minutes)
+    kind = family(str(preset.model.get("kind")))
+    given = {"channels": found.channels, "classes": _classes(manifest)}
+    if "spacing" in kind.Config.model_fields:
+        given["spacing"] = found.spacing[: preset.about.dims]
+    given |= condition_fields(kind.Config, manifest, choices.covariates, choices.context)
+    values = {**given, **preset.model}
+    recipe = _recipe(preset, found, kind.stride(values))
+    if recipe.shape is None:
+        raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
+    config = typed(kind.Config, {"shape": recipe.shape[: preset.about.dims], **values}, name, "model")
+    check_context(config, manifest)
+    settings = typed(FitConfig, preset.fit, name, "fit")
+    return Plan(manifest, name, config, recipe, settings, found, choices.minutes)
 
 
 def train(
@@ -114,6 +146,8 @@ def train(
     overrides: Sequence[str] = (),
     minutes: float | None = 20,
     seed: int = 0,
+    covariates: Sequence[str] = (),
+    context: Literal["mask"] | None = None,
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     licence: str = "not stated",
@@ -130,6 +164,8 @@ def train(
         overrides: 'a.b=c' changes of the preset.
         minutes: training time to keep within on this machine; None: the preset's images.
         seed: decides splits, order, noise.
+        covariates: columns of a CSV that the model is told, such as 'age' and 'sex'.
+        context: 'mask' gives the model each scan's mask, too; None for nothing.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         options: how strict reading is.
         licence: of the weights, for the model card.
@@ -141,22 +177,11 @@ def train(
     Raises:
         DataError, ConfigError, TrainingError, OutputError.
     """
-    settings = {
-        "data": str(Path(data).resolve()), "preset": str(preset), "label": label, "domain": domain,
-        "overrides": list(overrides), "minutes": minutes, "seed": seed, "options": vars(options),
-    }  # fmt: skip
+    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), context)
+    settings = {"data": str(Path(data).resolve()), **choices.settings(), "options": vars(options)}
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        plan = plan_training(
-            place,
-            preset=preset,
-            label=label,
-            domain=domain,
-            overrides=overrides,
-            minutes=minutes,
-            options=options,
-            seed=seed,
-        )
+        plan = plan_training(place, choices, options)
         work.record()
         learn(plan, work, seed=seed, device=device, options=options, licence=licence)
         return work.finish({"command": "train", "settings": settings, "plan": plan.describe()})
@@ -168,10 +193,10 @@ def learn(
 ) -> Bundle:  # fmt: skip
     """Train what `plan` says inside `work` and write the bundle to `place` (default: the workspace itself)."""
     begun = time.monotonic()
-    classes = plan.model.classes
-    train_set = ScanDataset(plan.manifest.split("train"), plan.recipe, classes=classes, options=options)
+    told = told_of(plan.model)
+    train_set = ScanDataset(plan.manifest.split("train"), plan.recipe, **told, options=options)
     val_rows = plan.manifest.split("val")
-    val_set = ScanDataset(val_rows, plan.recipe, classes=classes, options=options) if len(val_rows) else None
+    val_set = ScanDataset(val_rows, plan.recipe, **told, options=options) if len(val_rows) else None
     torch_seed = torch.Generator().manual_seed(seed)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_seed)))
@@ -193,10 +218,11 @@ def learn(
         seconds=seconds,
     )
     model.finalise(batch.to(_device(model)) for batch in train_set.batches(settings.batch_size))
-    model.cpu()
     contract = _contract(plan, train_set)
-    held = _held_out(plan, options) if "reconstructs" in model.abilities(model.config) else None
-    calibration, tensors = calibrate(model, held) if held else ({}, {})
+    held = _held_out(plan, options)
+    calibration, tensors = calibrate(model, held) if held and can_score(model) else ({}, {})
+    metrics = held_out_metrics(model, held) if held else {}
+    model.cpu()
     bundle = Bundle(
         models={"model": model},
         recipe=plan.recipe,
@@ -218,20 +244,25 @@ def learn(
             "fit": settings.model_dump(mode="json"),
             "history": reached.history,
         },
-        metrics=_metrics(model, held) if held else {},
+        metrics=metrics,
     )
     place = place or work.folder
     place.mkdir(parents=True, exist_ok=True)
     bundle.save(place)
-    preview(bundle, place / "preview.png", seed=seed)
+    if can(model, "samples"):
+        masks = masks_of(plan.manifest, plan.recipe, options) if told["context"] else []
+        preview(bundle, place / "preview.png", masks, seed=seed)
     return Bundle.load(place)
 
 
-def preview(bundle: Bundle, path: Path, *, seed: int) -> None:
-    """A contact sheet of generated scans."""
-    count = 12 if bundle.contract.planar else 4
-    cond = _cycled(bundle.model.config.classes, count)
-    values = cast(Samples, bundle.model).sample(count, seed=seed, cond=cond).clamp(0, 1).numpy()
+def preview(bundle: Bundle, path: Path, masks: Sequence[Tensor] = (), *, seed: int) -> None:
+    """A contact sheet of generated scans, classes in turn, for `masks` in turn where the model is given one."""
+    count, config = (12 if bundle.contract.planar else 4), bundle.model.config
+    labels = [config.classes[n % len(config.classes)] if config.classes else "" for n in range(count)]
+    cells = [drawn_cells(told_of(config)["covariates"], derived_seed(seed, n)) for n in range(count)]
+    given = {"context": torch.stack([masks[n % len(masks)] for n in range(count)])} if masks else {}
+    cond = conditions_for(config, labels, cells)
+    values = cast(Samples, bundle.model).sample(count, seed=seed, cond=cond, **given).clamp(0, 1).numpy()
     scans = [bundle.contract.physical_scan(value) for value in values]
     contact_sheet(scans, path, title=f"SYNTHETIC: generated by {bundle.name}, seed {seed}")
 
@@ -269,7 +300,7 @@ def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:
         if seen >= _LOOKED_AT:
             return
         try:
-            yield io.read(manifest.locate(row.path), options)
+            yield flat(io.read(manifest.locate(row.path), options))
             seen += 1
         except MedgenError as error:
             first = first or error
@@ -277,22 +308,17 @@ def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:
         raise DataError(f"None of {len(manifest)} scans in {manifest.root.name} could be read; the first: {first}")
 
 
-def _recipe(preset: Preset, found: Fingerprint) -> Recipe:
+def _recipe(preset: Preset, found: Fingerprint, stride: int | tuple[int, ...]) -> Recipe:
     if isinstance(preset.recipe, Recipe):
         return preset.recipe
     if preset.recipe != "auto":
         raise ConfigError(f"recipe: takes 'auto' or steps; found {preset.recipe!r}.")
-    multiple = family(str(preset.model.get("kind"))).stride(preset.model)
-    return auto_recipe(found, multiple=multiple, max_voxels=preset.max_voxels)
+    return auto_recipe(found, multiple=stride, max_voxels=preset.max_voxels)
 
 
-def _model_config(preset: Preset, recipe: Recipe, found: Fingerprint, manifest: Manifest, name: str) -> ModelConfig:
-    if recipe.shape is None:
-        raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
-    classes = manifest.labels if len(manifest.labels) > 1 and all(row.label for row in manifest.rows) else ()
-    shape = recipe.shape[:2] if found.planar else recipe.shape
-    values = {"shape": shape, "channels": found.channels, "classes": classes, **preset.model}
-    return typed(family(str(values.get("kind"))).Config, values, name, "model")
+def _classes(manifest: Manifest) -> tuple[str, ...]:
+    """The classes to tell apart: all of them, where every scan has one and there are several."""
+    return manifest.labels if len(manifest.labels) > 1 and all(row.label for row in manifest.rows) else ()
 
 
 def _timed(plan: Plan, model: Model, train_set: ScanDataset, work: Workspace, device: str) -> FitConfig:
@@ -348,19 +374,9 @@ def _held_out(plan: Plan, options: ReadOptions) -> ScanDataset | None:
     if not len(rows):
         return None
     try:
-        return ScanDataset(rows, plan.recipe, classes=plan.model.classes, options=options)
+        return ScanDataset(rows, plan.recipe, **told_of(plan.model), options=options)
     except DataError:
         return None
-
-
-def _metrics(model: Model, data: ScanDataset) -> dict[str, float]:
-    ratios, bounds = [], []
-    for batch in data.batches(8):
-        ratios.append(psnr(cast(Reconstructs, model).reconstruct(batch.x, batch.cond), batch.x))
-        if "bounds_density" in model.abilities(model.config):
-            bounds.append(cast(BoundsDensity, model).elbo(batch.x, batch.cond) / batch.x[0].numel())
-    named = {"held_out_scans": len(data), "held_out_psnr_db": round(float(torch.cat(ratios).mean()), 2)}
-    return named | ({"held_out_elbo_nats_per_voxel": round(float(torch.cat(bounds).mean()), 4)} if bounds else {})
 
 
 def _why_stopped(reached: Progress, settings: FitConfig) -> str:
@@ -369,12 +385,8 @@ def _why_stopped(reached: Progress, settings: FitConfig) -> str:
     return "at the planned images" if reached.seen >= settings.images else "when the time was up"
 
 
-def _cycled(classes: Sequence[str], count: int) -> torch.Tensor | None:
-    return torch.arange(count) % len(classes) if classes else None
-
-
 def _device(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
-__all__ = ["Plan", "learn", "plan_training", "preview", "train"]
+__all__ = ["Choices", "Plan", "learn", "plan_training", "preview", "train"]
