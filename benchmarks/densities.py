@@ -1,0 +1,57 @@
+"""What the density benchmarks share: PneumoniaMNIST's normal chests in grey levels, and bits per dimension."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import numpy as np
+import torch
+from measure import shared_data
+from torch import Tensor
+
+from medgen.data.dataset import Batch, collate
+
+LEVELS = 256
+
+
+def normals() -> dict[str, np.ndarray]:
+    """Grey levels (n, 28, 28) of the normal chests.
+
+    'tenth' is a fixed tenth of the official train split and 'train' the rest; whatever is chosen is chosen on
+    the tenth. 'val' and 'test' are the official splits, to be reported once.
+    """
+    data = np.load(shared_data() / "medmnist" / "pneumoniamnist.npz")
+    found = {name: data[f"{name}_images"][data[f"{name}_labels"][:, 0] == 0] for name in ("train", "val", "test")}
+    order = np.random.default_rng(0).permutation(len(found["train"]))
+    tenth, rest = np.split(order, [len(order) // 10])
+    return {**found, "train": found["train"][rest], "tenth": found["train"][tenth]}
+
+
+class GreyScans:
+    """Grey levels (n, *space) as prepared scans on [0, 1], with what `fit` asks of a dataset."""
+
+    def __init__(self, levels: np.ndarray) -> None:
+        self.x = torch.from_numpy(levels.astype(np.float32))[:, None] / (LEVELS - 1)
+
+    def __len__(self) -> int:
+        return len(self.x)
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        scale = torch.tensor([float(LEVELS - 1), 0.0], dtype=torch.float64)
+        return {"case": str(index), "x": self.x[index], "cond": -1, "scale": scale}
+
+    def batches(self, size: int) -> Iterator[Batch]:
+        for first in range(0, len(self), size):
+            yield collate([self[n] for n in range(first, min(first + size, len(self)))])
+
+
+@torch.no_grad()
+def bits_per_dim(nats: Callable[[Tensor], Tensor], x: Tensor, *, size: int = 128) -> np.ndarray:
+    """Bits per dimension of every scan of `x` (n, c, *space), where `nats` is -log p of a batch."""
+    found = torch.cat([nats(part).double() for part in x.split(size)])
+    return (found / (x[0].numel() * math.log(2))).numpy()
+
+
+def stated(bits: np.ndarray) -> dict[str, float]:
+    """Mean over scans and its standard error."""
+    return {"mean": float(bits.mean()), "se": float(bits.std(ddof=1) / math.sqrt(len(bits)))}
