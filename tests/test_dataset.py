@@ -11,6 +11,7 @@ from monai.transforms import LoadImage
 from pydantic import TypeAdapter, ValidationError
 
 from medgen import io
+from medgen.data.covariates import Covariate
 from medgen.data.dataset import (
     Affine,
     Augment,
@@ -23,14 +24,16 @@ from medgen.data.dataset import (
     ScanDataset,
     ScanReader,
     collate,
+    condition,
     loader,
     model_view,
 )
-from medgen.data.manifest import index
+from medgen.data.manifest import Manifest, index
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Recipe, Window
 from medgen.errors import DataError
 from medgen.io.source import ReadOptions
 from medgen.log import reporting
+from medgen.scan import Scan
 
 RECIPE = Recipe(steps=(Orient(), CropOrPad(shape=(8, 8, 8)), Percentiles()))
 FLAT = Recipe(steps=(CropOrPad(shape=(16, 16, 1)), Window(low=0, high=255)))
@@ -246,6 +249,85 @@ def test_the_cache_survives_a_moved_clock_but_not_a_changed_slice(tmp_path, coun
     assert len(counted) == 2
 
 
+def with_masks(folder: Path) -> Manifest:
+    """A table of heads with a mask of the bright half of each, the age of each, and one without either."""
+    lines = ["path,mask,age"]
+    for n, path in enumerate(sorted(folder.glob("*.nii.gz"))):
+        scan, name = io.read(path), f"{path.name.split('.')[0]}_mask.nii.gz"
+        if n:
+            drawn = (scan.voxels > np.median(scan.voxels)).astype(np.uint8)
+            io.write(Scan(drawn, scan.grid, is_label=True), folder / name)
+        lines.append(f"{path.name},{name if n else ''},{40 + n if n else ''}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return index(folder / "table.csv")
+
+
+AGE = (Covariate(name="age", mean=40.0, sd=2.0),)
+
+
+def test_a_condition_is_a_row_of_classes_and_covariates(few_heads):
+    data = ScanDataset(with_masks(few_heads), RECIPE, covariates=AGE)
+    assert [data[n]["cond"].tolist() for n in range(5)] == [[0.0], [0.5], [1.0], [1.5], [2.0]]
+    assert next(data.batches(3)).cond.tolist() == [[0.0], [0.5], [1.0]]
+    sex = Covariate(name="sex", levels=("F", "M"))
+    row = condition("b", {"age": "44", "sex": "M"}, ("a", "b"), (*AGE, sex))
+    assert row.tolist() == [0.0, 1.0, 2.0, 0.0, 1.0]
+    assert condition("", {}, ("a", "b"), (*AGE, sex)).tolist() == [0.0] * 5
+    assert (condition("b", {}, ("a", "b"), ()), condition("b", {}, (), ())) == (1, -1)
+
+
+def test_a_mask_comes_with_its_scan_on_the_same_voxels(few_heads):
+    manifest = with_masks(few_heads)
+    data = ScanDataset(manifest, RECIPE, context=True)
+    assert torch.equal(data[0]["context"], torch.zeros(1, 8, 8, 8))
+    assert data[1]["context"].shape == data[1]["x"].shape
+    assert data[1]["context"].unique().tolist() == [0.0, 1.0]
+    inside = data[1]["context"] > 0
+    assert data[1]["x"][inside].min() > data[1]["x"][~inside].max() - 0.05
+    assert next(data.batches(2)).context.shape == (2, 1, 8, 8, 8)
+    assert next(ScanDataset(manifest, RECIPE).batches(2)).context is None
+
+
+def test_a_scan_whose_mask_cannot_be_read_is_named(few_heads):
+    manifest = with_masks(few_heads)
+    place = Path(manifest.locate(manifest.rows[2].mask))
+    place.write_bytes(place.read_bytes()[:100])
+    data = ScanDataset(manifest, RECIPE, context=True)
+    assert [skipped.path for skipped in data.skipped] == [manifest.rows[2].case]
+
+
+def test_the_cache_misses_when_a_mask_or_a_covariate_changes(few_heads, tmp_path, counted):
+    manifest, cache = with_masks(few_heads), tmp_path / "cache"
+    ScanDataset(manifest, RECIPE, covariates=AGE, context=True, cache=cache)
+    place = Path(manifest.locate(manifest.rows[2].mask))
+    mask = io.read(place)
+    place.unlink()
+    io.write(Scan(1 - mask.voxels, mask.grid, is_label=True), place)
+    counted.clear()
+    ScanDataset(manifest, RECIPE, covariates=AGE, context=True, cache=cache)
+    assert counted == [manifest.rows[2].case]
+    table = few_heads / "table.csv"
+    table.write_text(table.read_text().replace(",43", ",77"))
+    counted.clear()
+    ScanDataset(index(table), RECIPE, covariates=AGE, context=True, cache=cache)
+    assert counted == [manifest.rows[3].case]
+
+
+def test_what_is_padded_is_not_real(few_heads):
+    manifest = index(few_heads)
+    assert "real" not in ScanDataset(manifest, RECIPE)[0]
+    assert next(ScanDataset(manifest, RECIPE).batches(2)).real is None
+    padded = Recipe(steps=(CropOrPad(shape=(20, 16, 18)), Percentiles()))
+    path = Path(manifest.locate(manifest.rows[1].path))
+    wide = io.read(path).onto(io.read(path).grid.centred((20, 16, 18)), outside=0)
+    path.unlink()
+    io.write(wide, path)
+    batch = next(ScanDataset(manifest, padded).batches(2))
+    assert batch.real.shape == (2, 20, 16, 18)
+    assert batch.real.flatten(1).sum(1).tolist() == [16**3, 20 * 16 * 18]
+    assert bool(batch.real[0, 2:18, :, 1:17].all())
+
+
 # -- training order ----------------------------------------------------------------------------------
 
 
@@ -301,6 +383,23 @@ def test_a_flip_mirrors_the_axis_it_names(few_heads):
     for axis in range(3):
         mirrored, plain = Draws(data, (Flip(prob=1, axis=axis),), seed=0)[0]["x"], Draws(data, (), seed=0)[0]["x"]
         assert torch.equal(mirrored, plain.flip(1 + axis))
+
+
+@pytest.mark.parametrize("step", [Flip(prob=1, axis=1), Affine(prob=1, rotate=0.3, shift=1.0)], ids=lambda s: s.do)
+def test_a_mask_and_what_is_real_move_with_the_scan(few_heads, step):
+    """A scan that is its own mask stays it; noise on the scan leaves the mask alone."""
+    data = ScanDataset(with_masks(few_heads), RECIPE, context=True)
+    for n in range(5):
+        item = data[n]
+        item["x"] = (item["x"] > 0.4).float()
+        item["context"], item["real"] = item["x"].clone(), item["x"][0] > 0
+    for draw in range(6):
+        item = Draws(data, (step, Noise(prob=1, std=0.01)), seed=5)[draw]
+        assert torch.equal(item["context"][0] > 0, item["real"])
+        assert item["real"].dtype == torch.bool
+        assert set(item["context"].unique().tolist()) <= {0.0, 1.0}
+        near = (item["x"] > 0.5) == item["real"]
+        assert near.float().mean() > 0.98
 
 
 def test_augmentation_is_named_and_checked():

@@ -18,7 +18,9 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
 from medgen.data.manifest import Manifest, Row
+from medgen.data.window import real_voxels
 from medgen.errors import CapabilityError, ConfigError, PrivacyError
+from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
@@ -29,7 +31,7 @@ from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
 from medgen.tasks.capabilities import can, families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.learn import Choices, learn, plan_training
+from medgen.tasks.learn import Choices, Plan, learn, plan_training
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]
@@ -122,7 +124,7 @@ def augment(
             trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
             work.record("bundle")
         _require_sampling(trained)
-        source = _Source(trained, _masks(trained, plan.manifest, chosen, options), seed)
+        source = _Source(trained, seed, _seen(trained, plan.found.lattice), _masks(trained, plan, chosen, options))
         detector, test = _copy_detector(plan.manifest, trained, options, seed)
         with work.writing():
             written, rejected = _generate(source, wanted, chosen, detector, test, work)
@@ -142,13 +144,24 @@ def _require_sampling(bundle: Bundle) -> None:
         )
 
 
-def _masks(bundle: Bundle, manifest: Manifest, chosen: str, options: ReadOptions) -> list[Tensor]:
+def _masks(bundle: Bundle, plan: Plan, chosen: str, options: ReadOptions) -> list[Tensor]:
     """What a model that draws scans for given masks is given; empty for others."""
     if not told_of(bundle.model.config)["context"]:
         return []
     if chosen == "npz":
         raise ConfigError("Scans drawn for given masks need a place for the masks, which .npz has not. Use --format.")
-    return masks_of(manifest, bundle.recipe, options)
+    note("Scans are drawn for the training scans' masks in turn; masks/ will hold outlines of real findings.")
+    return masks_of(plan.manifest, bundle.recipe, options)
+
+
+def _seen(bundle: Bundle, lattice: Grid | None) -> Grid:
+    """The part of the model's window within the field of view of scans that all share one; else the window."""
+    window = Grid.from_dict(bundle.contract.grid)
+    places = np.argwhere(real_voxels(window, lattice)) if lattice else np.empty((0, 3))
+    if not len(places):
+        return window
+    first, last = places.min(0), places.max(0)
+    return window.crop(first.tolist(), (last - first + 1).tolist())
 
 
 def _wanted(classes: Sequence[str], n: int | None, per_class: int | None) -> list[tuple[str, str]]:
@@ -212,11 +225,19 @@ def _part(manifest: Manifest, rows: Sequence[Row]) -> Manifest:
 
 @dataclass(frozen=True, eq=False)
 class _Source:
-    """Where synthetic scans come from: a bundle, the masks to draw them for if it takes any, and a seed."""
+    """Where synthetic scans come from.
+
+    Args:
+        bundle: what draws them.
+        seed: decides everything.
+        grid: what of the model's window is written: padding is not.
+        masks: to draw scans for, in turn; empty where the model takes none.
+    """
 
     bundle: Bundle
-    masks: Sequence[Tensor]
     seed: int
+    grid: Grid
+    masks: Sequence[Tensor]
 
     def cells(self, index: int) -> dict[str, str]:
         """The covariates of scan `index`."""
@@ -249,10 +270,10 @@ def _generate(
         for index, (name, label) in enumerate(wanted):
             if f"scan {name}" not in work.done:
                 values, draws, ratio = _new_scan(source, index, label, detector, test)
-                place = _write(source.bundle, values, name, label, chosen, work.folder, source.seed)
+                place = _write(source, values, name, label, chosen, work.folder)
                 row = {"case": name, "patient": name, "path": place, "label": label, "draws": draws, "r": ratio}
                 if (mask := source.mask(index)) is not None:
-                    row["mask"] = _write_mask(source.bundle, mask, name, chosen, work.folder)
+                    row["mask"] = _write_mask(source, mask, name, chosen, work.folder)
                 work.record(f"scan {name}", row | {"covariates": source.cells(index)})
             rejected += work.done[f"scan {name}"]["draws"] - 1
             bar.advance()
@@ -275,9 +296,9 @@ def _new_scan(
     )
 
 
-def _write_mask(bundle: Bundle, mask: Tensor, name: str, chosen: str, folder: Path) -> str:
+def _write_mask(source: _Source, mask: Tensor, name: str, chosen: str, folder: Path) -> str:
     """Write the mask that a scan was drawn for; returns its path relative to `folder`."""
-    drawn = bundle.contract.physical_scan(mask.numpy().astype(np.uint8), Scale())
+    drawn = source.bundle.contract.physical_scan(mask.numpy().astype(np.uint8), Scale()).onto(source.grid, outside=0)
     target = folder / "masks" / f"{name}{'.png' if chosen == 'png' else '.nii.gz'}"
     target.parent.mkdir(exist_ok=True)
     target.unlink(missing_ok=True)
@@ -285,9 +306,10 @@ def _write_mask(bundle: Bundle, mask: Tensor, name: str, chosen: str, folder: Pa
     return target.relative_to(folder).as_posix()
 
 
-def _write(bundle: Bundle, values: Tensor, name: str, label: str, chosen: str, folder: Path, seed: int) -> str:
+def _write(source: _Source, values: Tensor, name: str, label: str, chosen: str, folder: Path) -> str:
     """Write one scan into the layout; returns its path relative to `folder`."""
-    scan = synthetic_scan(bundle, values)
+    bundle = source.bundle
+    scan = synthetic_scan(bundle, values).onto(source.grid, outside=0)
     place = Path(file_name(label)) if label else Path("images" if chosen in ("nifti", "png") else "")
     (folder / place).mkdir(parents=True, exist_ok=True)
     if chosen == "dicom":
@@ -297,7 +319,7 @@ def _write(bundle: Bundle, values: Tensor, name: str, label: str, chosen: str, f
             description="Scan generated from noise by a model; shows nobody",
             model=bundle.name,
             weights_sha256=bundle.weights_sha256,
-            seed=seed,
+            seed=source.seed,
             content="synthetic",
         )
         target = folder / place / name
