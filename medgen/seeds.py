@@ -53,7 +53,8 @@ def voxel_uniform(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] 
     for axis, (start, size) in enumerate(zip(starts, (channels, *shape), strict=True)):
         place = torch.arange(start, start + size, dtype=torch.int64)
         bits = _mixed(bits + _ODD * (place.reshape([-1 if a == axis else 1 for a in range(dims + 1)]) + 1))
-    return ((bits >> 40).bitwise_and(2**24 - 1).to(torch.float32) + 0.5) / 2**24
+    # 23 bits: with 24 the largest value would be rounded to 1.
+    return ((bits >> 40).bitwise_and(2**23 - 1).to(torch.float32) + 0.5) / 2**23
 
 
 def voxel_normal(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] = (), channels: int = 1) -> "Tensor":

@@ -16,7 +16,7 @@ is finite. It is told per grey level: bits a dimension are -log_prob / (dims * l
 exact density of x~; with u from a second flow (Ho et al. 2019, "Flow++", equation 6) a lower bound of log P(x).
 """
 
-from math import log, prod
+from math import prod
 from typing import Any, Literal
 
 import torch
@@ -27,9 +27,10 @@ from torch import Tensor, nn
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
 from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig
-from medgen.nets.blocks import from_blocks, to_blocks
+from medgen.nets.blocks import from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.prob.bijections import Chain, Coupling, CouplingName, Mix, MixingName
+from medgen.prob.dequantisation import dequantised, grey, log_normal, nats_a_level, quantised
 from medgen.prob.point import Point
 from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 
@@ -144,7 +145,7 @@ class Flow(Model):
         """Noise of every level, finest first, and each level's ladj map (b, 1, *positions)."""
         noises, ladjs = [], []
         for factors, chain, guide in zip(self.config.blocks, self.chains, self.guides, strict=True):
-            x, ladj = chain(_squeezed(x, factors), None if guide is None else guide(cond, context))
+            x, ladj = chain(squeezed(x, factors), None if guide is None else guide(cond, context))
             kept = x.shape[1] - (0 if chain is self.chains[-1] else x.shape[1] // 2)
             x, noise = x[:, :kept], x[:, kept:]
             noises.append(noise)
@@ -169,10 +170,10 @@ class Flow(Model):
         """ActNorm from what reaches it."""
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            x = self._continuous(batch.x, torch.rand(batch.x.shape).to(batch.x))
+            x = dequantised(batch.x, torch.rand(batch.x.shape).to(batch.x), self.config.bits)
             for factors, chain, guide in zip(self.config.blocks, self.chains, self.guides, strict=True):
                 given = None if guide is None else guide(batch.cond, batch.context)
-                x = chain.initialise(_squeezed(x, factors), given)
+                x = chain.initialise(squeezed(x, factors), given)
                 x = x[:, : x.shape[1] - x.shape[1] // 2]
 
     def forward(self, batch: Batch, player: str = "model") -> Loss:
@@ -180,26 +181,17 @@ class Flow(Model):
         if self.noise is None:
             u, ladj = torch.rand_like(batch.x), None
         else:
-            u, ladj = self.noise(_grey(batch.x, self.config.bits), torch.randn_like(batch.x))
+            u, ladj = self.noise(grey(batch.x, self.config.bits), torch.randn_like(batch.x))
         terms = {f"level {n}": -part.flatten(1).sum(1) for n, part in enumerate(self._parts(batch, u))}
-        terms["grey levels"] = torch.full_like(terms["level 0"], self._nats_a_level * batch.x[0].numel())
+        terms["grey levels"] = torch.full_like(terms["level 0"], nats_a_level(self.config.bits) * batch.x[0].numel())
         if ladj is not None:
             terms["dequantisation"] = ladj.flatten(1).sum(1)
         return Loss(torch.stack(list(terms.values())).sum(0), terms)
 
     def _parts(self, batch: Batch, u: Tensor) -> list[Float[Tensor, "b 1 *positions"]]:
         """The log density of the dequantised scan, level by level and position by position."""
-        noises, ladjs = self.to_noise(self._continuous(batch.x, u), batch.cond, batch.context)
+        noises, ladjs = self.to_noise(dequantised(batch.x, u, self.config.bits), batch.cond, batch.context)
         return [log_normal(noise) + ladj for noise, ladj in zip(noises, ladjs, strict=True)]
-
-    def _continuous(self, x: Tensor, u: Tensor) -> Tensor:
-        """x~, or x itself where data is continuous."""
-        bits = self.config.bits
-        return (_grey(x, bits) + u) / 2**bits if bits else x
-
-    @property
-    def _nats_a_level(self) -> float:
-        return self.config.bits * log(2)
 
     # -- abilities -----------------------------------------------------------------------------------
 
@@ -234,9 +226,9 @@ class Flow(Model):
         """Each voxel's part of the log density, nats; what belongs to a block of voxels is shared by them."""
         space = tuple(x.shape[2:])
         u = voxel_uniform(space, seed=0, channels=x.shape[1]).to(x)[None].expand_as(x)
-        found = x.new_full((len(x), 1, *space), -self._nats_a_level * x.shape[1])
+        found = x.new_full((len(x), 1, *space), -nats_a_level(self.config.bits) * x.shape[1])
         if self.noise is not None:
-            u, ladj = self.noise(_grey(x, self.config.bits), torch.special.ndtri(u.double()).to(x))
+            u, ladj = self.noise(grey(x, self.config.bits), torch.special.ndtri(u.double()).to(x))
             found = found - spread(ladj, space)
         for part in self._parts(Batch(x, cond, context), u):
             found = found + spread(part, space)
@@ -247,7 +239,7 @@ class Flow(Model):
     ) -> Point:
         """The scan's noise (b, dims), which is certain once the dequantisation is."""
         u = torch.full_like(x, 0.5)
-        noises, _ = self.to_noise(self._continuous(x, u), cond, context)
+        noises, _ = self.to_noise(dequantised(x, u, self.config.bits), cond, context)
         return Point(torch.cat([noise.flatten(1) for noise in noises], 1))
 
     def decode(self, z: Float[Tensor, "b dims"], cond: Tensor | None = None, context: Tensor | None = None) -> Point:
@@ -255,10 +247,7 @@ class Flow(Model):
         sizes, noises = self._noise_shapes(), []
         for shape, part in zip(sizes, z.split([prod(shape) for shape in sizes], 1), strict=True):
             noises.append(part.reshape(-1, *shape))
-        x = self.from_noise(noises, cond, context)
-        if self.config.bits:
-            x = (x * 2**self.config.bits).floor().clamp(0, 2**self.config.bits - 1) / (2**self.config.bits - 1)
-        return Point(x)
+        return Point(quantised(self.from_noise(noises, cond, context), self.config.bits))
 
     def _noise_shapes(self) -> list[tuple[int, ...]]:
         """(channels, *positions) of every level's noise."""
@@ -303,7 +292,7 @@ class _Noise(nn.Module):
 
     def forward(self, grey: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """u, and log q(u | x) as a map (b, 1, *positions)."""
-        z = _squeezed(noise, self.block)
+        z = squeezed(noise, self.block)
         y, ladj = self.chain(z, self.guide(None, grey / 2**self.bits))
         inside = nn.functional.logsigmoid(y) + nn.functional.logsigmoid(-y)
         u = from_blocks(torch.sigmoid(y).movedim(1, -1), self.block)
@@ -311,44 +300,6 @@ class _Noise(nn.Module):
 
 
 # -- parts -----------------------------------------------------------------------------------------
-
-
-def squeezes(spacing: tuple[float, ...], levels: int, alone: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
-    """Factors along each axis, level by level: halve the axes that are about as fine as the finest.
-
-    >>> squeezes((1.0, 1.0, 5.0), 3, (False, False, False))
-    ((2, 2, 1), (2, 2, 1), (2, 2, 2))
-    """
-    now, found = list(spacing), []
-    for _ in range(levels):
-        finest = min((s for s, single in zip(now, alone, strict=True) if not single), default=0.0)
-        factors = [1 if single or s > 1.5 * finest else 2 for s, single in zip(now, alone, strict=True)]
-        now = [s * factor for s, factor in zip(now, factors, strict=True)]
-        found.append(tuple(factors))
-    return tuple(found)
-
-
-def log_normal(z: Float[Tensor, "b c *positions"]) -> Float[Tensor, "b 1 *positions"]:
-    """log N(z; 0, 1) summed over channels, nats."""
-    return -0.5 * z.square().sum(1, keepdim=True) - 0.5 * z.shape[1] * log(2 * torch.pi)
-
-
-def spread(part: Float[Tensor, "b 1 *positions"], space: tuple[int, ...]) -> Float[Tensor, "b 1 *space"]:
-    """A position's value shared equally by its voxels."""
-    voxels = 1
-    for axis, size in enumerate(space, 2):
-        factor = size // part.shape[axis]
-        part, voxels = part.repeat_interleave(factor, axis), voxels * factor
-    return part / voxels
-
-
-def _grey(x: Tensor, bits: int) -> Tensor:
-    """Whole grey values 0 to 2^bits - 1."""
-    return (x.clamp(0, 1) * (2**bits - 1)).round()
-
-
-def _squeezed(x: Tensor, factors: tuple[int, ...]) -> Tensor:
-    return to_blocks(x, factors).movedim(-1, 1)
 
 
 def _guide(config: Flow.Config, block: tuple[int, ...]) -> Guide | None:
@@ -381,4 +332,4 @@ def _chain(config: Flow.Config, channels: int, *, given: bool, last: bool) -> Ch
     return Chain(steps, recompute=config.memory == "recompute")
 
 
-__all__ = ["Flow", "log_normal", "spread", "squeezes"]
+__all__ = ["Flow"]

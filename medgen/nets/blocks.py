@@ -85,6 +85,35 @@ def from_blocks(rows: Float[Tensor, "b *coarse features"], block: Sequence[int])
     return x.reshape(batch, channels, *[n * size for n, size in zip(coarse, block, strict=True)])
 
 
+def squeezed(x: Float[Tensor, "b c *space"], block: Sequence[int]) -> Float[Tensor, "b features *coarse"]:
+    """Blocks of voxels as channels."""
+    return to_blocks(x, block).movedim(-1, 1)
+
+
+def squeezes(spacing: tuple[float, ...], levels: int, alone: tuple[bool, ...]) -> tuple[tuple[int, ...], ...]:
+    """Factors along each axis, level by level: halve the axes that are about as fine as the finest.
+
+    >>> squeezes((1.0, 1.0, 5.0), 3, (False, False, False))
+    ((2, 2, 1), (2, 2, 1), (2, 2, 2))
+    """
+    now, found = list(spacing), []
+    for _ in range(levels):
+        finest = min((s for s, single in zip(now, alone, strict=True) if not single), default=0.0)
+        factors = [1 if single or s > 1.5 * finest else 2 for s, single in zip(now, alone, strict=True)]
+        now = [s * factor for s, factor in zip(now, factors, strict=True)]
+        found.append(tuple(factors))
+    return tuple(found)
+
+
+def spread(part: Float[Tensor, "b 1 *positions"], space: tuple[int, ...]) -> Float[Tensor, "b 1 *space"]:
+    """A position's value shared equally by its voxels."""
+    voxels = 1
+    for axis, size in enumerate(space, 2):
+        factor = size // part.shape[axis]
+        part, voxels = part.repeat_interleave(factor, axis), voxels * factor
+    return part / voxels
+
+
 class Fold(nn.Module):
     """Space to channels: blocks of `factor` voxels along each axis become channels."""
 
@@ -94,7 +123,7 @@ class Fold(nn.Module):
 
     def forward(self, x: Float[Tensor, "b c *space"]) -> Tensor:
         """(b, c * factor**dims, *space / factor)."""
-        return to_blocks(x, self.block).movedim(-1, 1)
+        return squeezed(x, self.block)
 
 
 class Unfold(nn.Module):
@@ -216,5 +245,6 @@ def channels_last(module: nn.Module, dims: int) -> nn.Module:
 
 __all__ = [
     "ConditionBias", "Decoder", "Encoder", "Fold", "Residual", "Unfold", "Up",
-    "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "norm", "to_blocks",
+    "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "norm", "spread", "squeezed",
+    "squeezes", "to_blocks",
 ]  # fmt: skip

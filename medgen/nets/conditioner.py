@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from medgen.nets.blocks import ConditionBias, channels_last, conv, to_blocks
+from medgen.nets.blocks import ConditionBias, channels_last, conv, squeezed
 
 
 class Conditioner(nn.Module):
@@ -75,7 +75,7 @@ class Guide(nn.Module):
         """(b or 1, width, *positions or ones)."""
         told = self.start if self.place is None else self.start + self.place
         if self.image is not None and context is not None:
-            told = told + self.image(to_blocks(context, self.block).movedim(-1, 1))
+            told = told + self.image(squeezed(context, self.block))
         if cond is not None and self.condition.table is not None:
             told = self.condition(told.expand(len(cond), *told.shape[1:]), cond)
         return torch.nn.functional.silu(told)

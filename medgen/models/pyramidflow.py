@@ -1,0 +1,466 @@
+"""The pyramid flow: one small conditional flow per scale of a Haar pyramid, trained on patches, exact on any size.
+
+A scan is its coarse version and the details that lead from each scale to the next finer one (Yu, Derpanis &
+Brubaker 2020, "Wavelet Flow", equation 3):
+
+    log p(x) = log p(x_L) + sum over levels l [ log p(d_l | x_(l+1)) ] + const,   x_l <-> (x_(l+1), d_l)
+
+Every level is a local flow: `reach` positions about a voxel decide what happens to it and nothing else does. So each
+level trains alone, on patches that carry real neighbours in a margin as wide as the reach and count their loss
+only inside, weighted so that it is, on average, that of the whole scan. Scans of any size are scored, sampled and
+sharpened tile by tile, and the tiles agree: noise is a function of (seed, absolute voxel).
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from itertools import product
+from math import prod
+from typing import Any, Literal
+
+import torch
+from jaxtyping import Float
+from pydantic import Field, model_validator
+from torch import Tensor, nn
+
+from medgen.data.dataset import Batch
+from medgen.errors import DataError
+from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player
+from medgen.nets.blocks import ConditionBias, channels_last, conv, from_blocks, spread, squeezed, squeezes
+from medgen.nets.conditioner import Conditioner
+from medgen.nets.haar import haar, haar_ladj, unhaar
+from medgen.prob.bijections import Chain, Coupling, Mix
+from medgen.prob.dequantisation import dequantised, log_normal, nats_a_level, quantised
+from medgen.seeds import derived_seed, voxel_normal, voxel_uniform
+
+_BINS = 8
+# Channels of the feature map that couplings are told besides the details.
+_GUIDE = 32
+
+
+class PyramidFlow(Model):
+    """A Haar pyramid of local conditional flows; every variation is a field of its config.
+
+    Example:
+        >>> model = PyramidFlow(PyramidFlow.Config(shape=(16, 16), width=8, steps=2, levels=1))
+        >>> model.sample(2, seed=0, shape=(32, 24)).shape
+        torch.Size([2, 1, 32, 24])
+    """
+
+    class Config(ConditionedConfig):
+        """A pyramid flow.
+
+        Args:
+            kind: 'pyramidflow'.
+            coupling: 'affine' or 'spline'.
+            steps: couplings a level; each reaches one position further.
+            levels: halvings of the scan; the coarsest version has a flow of its own.
+            width: features inside a coupling.
+            spacing: mm along each modelled axis, where it differs; coarse axes are halved later.
+            position: frequencies (cycles over the scan: 1/2, 1, 2, ...) that tell where a voxel lies; 0 for none.
+            bits: grey values are whole numbers of so many bits; 0 for continuous data.
+            patch: positions along an axis that a training patch has at every level, margins included.
+            tile: positions along an axis that are scored or sampled at once.
+            memory: 'store' activations, or 'recompute' them in the backward pass.
+            temperature: standard deviation of the noise that samples are made of.
+        """
+
+        kind: Literal["pyramidflow"] = "pyramidflow"
+        coupling: Literal["affine", "spline"] = "affine"
+        steps: int = Field(default=4, ge=1, le=64)
+        levels: int = Field(default=2, ge=1, le=12)
+        width: int = Field(default=48, ge=1)
+        spacing: tuple[float, ...] = ()
+        position: int = Field(default=4, ge=0, le=8)
+        bits: int = Field(default=8, ge=0, le=16)
+        patch: int = Field(default=32, ge=4)
+        tile: int = Field(default=32, ge=4)
+        memory: Literal["store", "recompute"] = "store"
+        temperature: float = Field(default=1.0, gt=0)
+
+        @property
+        def blocks(self) -> tuple[tuple[int, ...], ...]:
+            """Factors along each axis from every level to the next, the last one's squeeze included."""
+            alone = tuple(n == 1 for n in self.shape)
+            return squeezes(self.spacing or (1.0,) * self.dims, self.levels + 1, alone)
+
+        @property
+        def whole(self) -> tuple[int, ...]:
+            """What every axis of a scan must be divisible by."""
+            return tuple(prod(factors) for factors in zip(*self.blocks, strict=True))
+
+        @model_validator(mode="after")
+        def _fits(self) -> "PyramidFlow.Config":
+            if self.spacing and (len(self.spacing) != self.dims or min(self.spacing) <= 0):
+                raise ValueError(f"spacing needs {self.dims} positive numbers, not {self.spacing}")
+            if any(n % factor for n, factor in zip(self.shape, self.whole, strict=True)):
+                raise ValueError(f"shape {self.shape} must be divisible by {self.whole}")
+            if any(prod(factors) < 2 for factors in self.blocks):
+                raise ValueError(f"shape {self.shape} cannot be halved {self.levels + 1} times")
+            if self.patch < 2 * (self.steps + 2) + 4:
+                raise ValueError(f"patch {self.patch} leaves no core inside margins of {self.steps + 2} positions")
+            return self
+
+    config: "PyramidFlow.Config"
+
+    def __init__(self, config: "PyramidFlow.Config") -> None:
+        super().__init__()
+        self.config = config
+        self.levels = nn.ModuleList(_Level(config, level) for level in range(config.levels + 1))
+
+    @classmethod
+    def stride(cls, values: dict[str, Any]) -> int | tuple[int, ...]:
+        """Two to the number of levels and one; fewer along axes that `spacing` says are coarse."""
+        levels = 1 + int(values.get("levels", cls.Config.model_fields["levels"].default))
+        spacing = values.get("spacing")
+        if not spacing:
+            return 2**levels
+        return tuple(prod(f) for f in zip(*squeezes(tuple(spacing), levels, (False,) * len(spacing)), strict=True))
+
+    @classmethod
+    def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
+        """A pyramid flow samples and scores density, exactly and voxel by voxel."""
+        return frozenset({"samples", "scores_density", "maps_density"})
+
+    def players(self) -> list[Player]:
+        """Every level trains alone."""
+        return [Player(f"level {n}", tuple(level.parameters())) for n, level in enumerate(self.levels)]
+
+    # -- training ------------------------------------------------------------------------------------
+
+    def forward(self, batch: Batch, player: str = "level 0") -> Loss:
+        """The negative log density of one level, nats a scan, estimated without bias from a patch of each scan."""
+        number = int(player.removeprefix("level "))
+        level = self.levels[number]
+        x = dequantised(batch.x, torch.rand_like(batch.x), self.config.bits)
+        details, coarse, context = self._at(x, batch.context, number)
+        size = tuple(min(self.config.patch, n) for n in details.shape[2:])
+        drawn = [_drawn_window(tuple(details.shape[2:]), size, level.reach) for _ in range(len(x))]
+        windows = [window for window, _ in drawn]
+
+        def cut(values: Tensor | None) -> Tensor | None:
+            return None if values is None else torch.stack([v[w.index] for v, w in zip(values, windows, strict=True)])
+
+        place = torch.cat([level.place(w.origin, size, details.shape[2:]) for w in windows]).to(x)
+        part = level(cut(details), cut(coarse), batch.cond, cut(context), place)[1]
+        weights = torch.stack([weight for _, weight in drawn]).to(x)
+        nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * prod(details.shape[2:])
+        return Loss(nats, {player: nats})
+
+    def validation_loss(self, batch: Batch) -> Float[Tensor, " b"]:
+        """The negative log density of whole scans, all levels together."""
+        return -self.log_prob(batch.x, batch.cond, batch.context)
+
+    def initialise(self, batch: Batch) -> None:
+        """ActNorm of every level from what reaches it."""
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            u = torch.rand(batch.x.shape).to(batch.x)
+            for number, level in enumerate(self.levels):
+                x = dequantised(batch.x, u, self.config.bits)
+                details, coarse, context = self._at(x, batch.context, number)
+                space = tuple(details.shape[2:])
+                level.initialise(
+                    details, coarse, batch.cond, context, level.place((0,) * len(space), space, space).to(x)
+                )
+
+    def _at(self, x: Tensor, context: Tensor | None, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """A level's details, the coarser scan they are told, and the given image on their positions."""
+        for factors in self.config.blocks[:number]:
+            x = haar(x, factors)[0]
+            context = None if context is None else haar(context, factors)[0]
+        factors = self.config.blocks[number]
+        given = None if context is None else squeezed(context, factors)
+        if number == self.config.levels:
+            return squeezed(x, factors), None, given
+        coarse, details = haar(x, factors)
+        return details, coarse, given
+
+    def _constant(self, number: int) -> float:
+        """Nats a position of this level that grey levels cost, less what the pyramid's own transform gives."""
+        config, last = self.config, number == self.config.levels
+        ladj = 0.0 if last else haar_ladj(config.channels, config.blocks[number])
+        return nats_a_level(config.bits) * self.levels[number].channels - ladj
+
+    # -- density -------------------------------------------------------------------------------------
+
+    def log_prob(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Float[Tensor, " b"]:
+        """The exact log density of the dequantised scan per grey level, nats; the noise is always the same."""
+        return torch.stack([m.flatten(1).sum(1) for m in self.level_maps(x, cond, context)]).sum(0)
+
+    def log_prob_map(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Float[Tensor, "b 1 *space"]:
+        """Each voxel's part of the log density, nats, all scales together."""
+        return torch.stack(self.log_prob_maps(x, cond, context)).sum(0)
+
+    def log_prob_maps(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> list[Float[Tensor, "b 1 *space"]]:
+        """Each voxel's part of the log density scale by scale, finest first; the last is the coarsest scan's."""
+        return [spread(part, tuple(x.shape[2:])) for part in self.level_maps(x, cond, context)]
+
+    @torch.no_grad()
+    def level_maps(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> list[Float[Tensor, "b 1 *positions"]]:
+        """The log density of every level on its own positions, computed tile by tile, nats.
+
+        Raises:
+            DataError: the scan's axes are not divisible by the pyramid's factors.
+        """
+        self._check(tuple(x.shape[2:]))
+        u = voxel_uniform(tuple(x.shape[2:]), seed=0, channels=x.shape[1]).to(x)
+        x = dequantised(x, u[None].expand_as(x), self.config.bits)
+        found = []
+        for number, level in enumerate(self.levels):
+            details, coarse, given = self._at(x, context, number)
+
+            def scored(window: "Window", level=level, details=details, coarse=coarse, given=given) -> Tensor:
+                place = level.place(window.origin, window.size, tuple(details.shape[2:])).to(x)
+                return level(_cut(details, window), _cut(coarse, window), cond, _cut(given, window), place)[1]
+
+            out = x.new_empty(len(x), 1, *details.shape[2:])
+            found.append(self._tiled(out, level.reach, scored) - self._constant(number))
+        return found
+
+    def _tiled(self, out: Tensor, reach: int, of: Callable[["Window"], Tensor]) -> Tensor:
+        """Fill `out` with what `of` gives for every tile, margins cut off."""
+        for window in tiles(tuple(out.shape[2:]), self.config.tile, reach):
+            out[window.core_in_whole] = of(window)[window.core_in_window]
+        return out
+
+    def _check(self, space: tuple[int, ...]) -> None:
+        if any(n % factor for n, factor in zip(space, self.config.whole, strict=True)):
+            raise DataError(
+                f"A pyramid flow of {self.config.levels} levels takes scans whose axes are divisible by "
+                f"{self.config.whole}; this one has {space}. Pad it, or train with fewer levels."
+            )
+
+    # -- sampling ------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def sample(
+        self, n: int, *, seed: int, cond: Tensor | None = None, context: Tensor | None = None,
+        shape: tuple[int, ...] | None = None,
+    ) -> Float[Tensor, "n c *space"]:  # fmt: skip
+        """`n` scans, coarsest scale first, tile by tile.
+
+        Args:
+            n: how many.
+            seed: scan i depends on (seed, i).
+            cond: conditions, one row a scan.
+            context: given images, one a scan.
+            shape: voxels along each axis; the training scans' by default.
+
+        Raises:
+            DataError: `shape` is not divisible by the pyramid's factors.
+        """
+        space = shape or self.config.shape
+        self._check(tuple(space))
+        top = tuple(size // factor for size, factor in zip(space, self.config.whole, strict=True))
+        drawn = []
+        for i in range(n):
+            told = [None if given is None else given[i : i + 1] for given in (cond, context)]
+            blocks = self._drawn(self.config.levels, None, top, derived_seed(seed, i), *told)
+            x = from_blocks(blocks.movedim(1, -1), self.config.blocks[-1])
+            drawn.append(self._sharpened(x, self.config.levels, derived_seed(seed, i), *told))
+        return quantised(torch.cat(drawn), self.config.bits)
+
+    @torch.no_grad()
+    def sharpen(
+        self, coarse: Float[Tensor, "b c *coarse"], *, seed: int, levels: int = 1, cond: Tensor | None = None,
+        context: Tensor | None = None,
+    ) -> Float[Tensor, "b c *space"]:  # fmt: skip
+        """Draw the details that a scan lacks: from the scale `levels` halvings down to the finest.
+
+        Args:
+            coarse: block means of a scan on [0, 1], `levels` halvings coarser than the training scans.
+            seed: row i depends on (seed, i).
+            levels: scales to add, at most the pyramid's.
+            cond, context: as for `sample`; context at the finest scale.
+        """
+        half = 0.5 / 2**self.config.bits if self.config.bits else 0.0
+        scale = (2**self.config.bits - 1) / 2**self.config.bits if self.config.bits else 1.0
+        drawn = []
+        for i in range(len(coarse)):
+            told = [None if given is None else given[i : i + 1] for given in (cond, context)]
+            drawn.append(self._sharpened(coarse[i : i + 1] * scale + half, levels, derived_seed(seed, i), *told))
+        return quantised(torch.cat(drawn), self.config.bits)
+
+    def _sharpened(self, x: Tensor, levels: int, seed: int, cond: Tensor | None, context: Tensor | None) -> Tensor:
+        for number in reversed(range(levels)):
+            details = self._drawn(number, x, tuple(x.shape[2:]), seed, cond, context)
+            x = unhaar(x, details, self.config.blocks[number])
+        return x
+
+    def _drawn(
+        self, number: int, coarse: Tensor | None, space: tuple[int, ...], seed: int, cond: Tensor | None,
+        context: Tensor | None,
+    ) -> Tensor:  # fmt: skip
+        """One level's details for one scan, given the coarser one."""
+        level, device = self.levels[number], next(self.parameters()).device
+        given = None if context is None else self._at(context, context, number)[2]
+        cond = None if cond is None else cond.to(device)
+
+        def drawn(window: "Window") -> Tensor:
+            noise = voxel_normal(
+                window.size, seed=derived_seed(seed, number), origin=window.origin, channels=level.channels
+            ).to(device)
+            place = level.place(window.origin, window.size, space).to(device)
+            noise = self.config.temperature * noise[None]
+            return level.inverse(noise, _cut(coarse, window), cond, _cut(given, window), place)
+
+        return self._tiled(torch.empty(1, level.channels, *space, device=device), level.reach, drawn)
+
+
+class _Level(nn.Module):
+    """One scale: details (or, last, the coarsest scan's blocks) given the coarser scan, condition and place."""
+
+    def __init__(self, config: PyramidFlow.Config, number: int) -> None:
+        super().__init__()
+        factors, dims = config.blocks[number], config.dims
+        last = number == config.levels
+        self.channels = config.channels * (prod(factors) - (not last))
+        self.frequencies = config.position
+        whole = [prod(f) for f in zip(*config.blocks[: number + 1], strict=True)]
+        # Where a position lies is told in units of the training scans' extent.
+        self.extent = tuple(n // factor for n, factor in zip(config.shape, whole, strict=True))
+        seen = (0 if last else config.channels) + config.context * prod(factors)
+        self.look = nn.Sequential(conv(dims, seen, _GUIDE), nn.SiLU(), conv(dims, _GUIDE, _GUIDE)) if seen else None
+        self.where = conv(dims, 2 * dims * config.position, _GUIDE, 1) if config.position else None
+        self.condition = ConditionBias(config.condition_width, _GUIDE)
+        self.start = nn.Parameter(torch.zeros(1, _GUIDE, *[1] * dims))
+        steps: list[Mix | Coupling] = [self._coupling(config, 0, "affine")]
+        for _ in range(config.steps):
+            steps += [Mix(self.channels, "conv"), self._coupling(config, self.channels // 2, config.coupling)]
+        steps += [Mix(self.channels, "conv"), self._coupling(config, 0, "affine")]
+        self.chain = Chain(steps, recompute=config.memory == "recompute")
+        self.reach = 2 * bool(seen) + sum(step.network.reach for step in steps if isinstance(step, Coupling))
+        channels_last(self, dims)
+
+    def _coupling(self, config: PyramidFlow.Config, keep: int, kind: Literal["affine", "spline"]) -> Coupling:
+        outside = (self.channels - keep) * Coupling.parameters_of(kind, _BINS)
+        kernels = (3, 1, 1) if keep else (1, 1, 1)
+        network = Conditioner(config.dims, keep, outside, config.width, given=_GUIDE, kernels=kernels)
+        return Coupling(network, keep, kind, _BINS)
+
+    def place(
+        self, origin: tuple[int, ...], size: tuple[int, ...], whole: tuple[int, ...]
+    ) -> Float[Tensor, "1 k *size"] | None:
+        """Sines and cosines of where positions lie in the training scans' extent, about the scan's centre."""
+        bands = []
+        for axis, (start, count, extent, total) in enumerate(zip(origin, size, self.extent, whole, strict=True)):
+            at = (torch.arange(start, start + count, dtype=torch.float64) + 0.5 - total / 2) / extent
+            for power in range(self.frequencies):
+                for wave in (torch.sin, torch.cos):
+                    values = wave(at.clamp(-0.5, 0.5) * torch.pi * 2**power).float()
+                    bands.append(values.reshape([-1 if a == axis else 1 for a in range(len(size))]).expand(size))
+        return torch.stack(bands)[None] if bands else torch.zeros(1, 0, *size)
+
+    def told(self, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor) -> Tensor:
+        """What couplings are told, (b or 1, guide, *positions)."""
+        told = self.start.expand(-1, -1, *place.shape[2:])
+        if self.where is not None:
+            told = told + self.where(place)
+        seen = [part for part in (coarse, context) if part is not None]
+        if self.look is not None:
+            told = told + self.look(torch.cat(seen, 1))
+        if cond is not None and self.condition.table is not None:
+            told = self.condition(told.expand(len(cond), *told.shape[1:]), cond)
+        return nn.functional.silu(told)
+
+    def forward(
+        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+    ) -> tuple[Tensor, Float[Tensor, "b 1 *positions"]]:
+        """Noise, and the log density at every position, nats."""
+        noise, ladj = self.chain(details, self.told(coarse, cond, context, place))
+        return noise, log_normal(noise) + ladj
+
+    def inverse(
+        self, noise: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+    ) -> Tensor:
+        """Details from noise."""
+        return self.chain.inverse(noise, self.told(coarse, cond, context, place))
+
+    def initialise(
+        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+    ) -> None:
+        """ActNorm."""
+        self.chain.initialise(details, self.told(coarse, cond, context, place))
+
+
+# -- windows -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Window:
+    """A box of positions with the core that counts.
+
+    Args:
+        origin, size: of the box, margins included.
+        core: (first, last + 1) along each axis, in the whole's positions.
+    """
+
+    origin: tuple[int, ...]
+    size: tuple[int, ...]
+    core: tuple[tuple[int, int], ...]
+
+    @property
+    def index(self) -> tuple[slice, ...]:
+        """The box in (c, *whole)."""
+        return (slice(None), *(slice(o, o + n) for o, n in zip(self.origin, self.size, strict=True)))
+
+    @property
+    def core_in_whole(self) -> tuple[slice, ...]:
+        """The core in (b, c, *whole)."""
+        return (slice(None), slice(None), *(slice(first, last) for first, last in self.core))
+
+    @property
+    def core_in_window(self) -> tuple[slice, ...]:
+        """The core in (b, c, *box)."""
+        inside = (slice(f - o, e - o) for (f, e), o in zip(self.core, self.origin, strict=True))
+        return (slice(None), slice(None), *inside)
+
+
+def tiles(space: tuple[int, ...], tile: int, reach: int) -> Iterator[Window]:
+    """Boxes whose cores cover `space` once; margins of `reach` end at the border of the whole.
+
+    Where a margin would leave the scan there is none: networks pad there as they do for the whole scan.
+    """
+    for first in product(*[range(0, n, tile) for n in space]):
+        core = tuple((f, min(f + tile, n)) for f, n in zip(first, space, strict=True))
+        begin = tuple(max(0, f - reach) for f, _ in core)
+        end = tuple(min(n, e + reach) for (_, e), n in zip(core, space, strict=True))
+        yield Window(begin, tuple(e - b for b, e in zip(begin, end, strict=True)), core)
+
+
+def _drawn_window(space: tuple[int, ...], size: tuple[int, ...], reach: int) -> tuple[Window, Tensor]:
+    """A random box, and what each of its positions (1, *box) counts for.
+
+    A margin counts nothing, a core one over the chance of lying in a core, so that sums have no bias.
+    """
+    origin, core, weights = [], [], torch.ones(())
+    for n, count in zip(space, size, strict=True):
+        margin = reach if count < n else 0
+        starts = torch.arange(-margin, n - count + margin + 1).clamp(0, n - count)
+        firsts = torch.where(starts == 0, 0, starts + margin)
+        lasts = torch.where(starts == n - count, n, starts + count - margin)
+        at = torch.arange(n)
+        chance = ((at >= firsts[:, None]) & (at < lasts[:, None])).double().mean(0)
+        pick = int(torch.randint(len(starts), ()))
+        start, first, last = int(starts[pick]), int(firsts[pick]), int(lasts[pick])
+        line = torch.zeros(count, dtype=torch.float64)
+        line[first - start : last - start] = 1 / chance[first:last]
+        weights = weights[..., None] * line
+        origin.append(start)
+        core.append((first, last))
+    return Window(tuple(origin), tuple(size), tuple(core)), weights[None].float()
+
+
+def _cut(values: Tensor | None, window: Window) -> Tensor | None:
+    return None if values is None else values[(slice(None), *window.index)]
+
+
+__all__ = ["PyramidFlow", "Window", "tiles"]
