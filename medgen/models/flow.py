@@ -137,6 +137,11 @@ class Flow(Model):
         density: Ability = "scores_density" if config.dequantisation == "uniform" else "bounds_density"
         return frozenset({"samples", "encodes", "decodes", "maps_density", density})
 
+    @property
+    def mixed_precision_pays(self) -> bool:
+        """Networks inside couplings are most of the work; the bijections themselves stay in full precision."""
+        return True
+
     # -- the bijection -------------------------------------------------------------------------------
 
     def to_noise(

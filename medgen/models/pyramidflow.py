@@ -125,6 +125,11 @@ class PyramidFlow(Model):
         """Every level trains alone."""
         return [Player(f"level {n}", tuple(level.parameters())) for n, level in enumerate(self.levels)]
 
+    @property
+    def mixed_precision_pays(self) -> bool:
+        """As for `flow`."""
+        return True
+
     # -- training ------------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, player: str = "level 0") -> Loss:

@@ -42,7 +42,7 @@ class FitConfig(BaseModel):
         ema: half-life of the moving average of weights, images; the average is what is kept.
         validations: how often the held-out loss is measured.
         patience: validations without improvement after which training stops.
-        precision: 'auto' computes in bfloat16 where the machine does it natively and scans are volumes.
+        precision: 'auto' computes in bfloat16 where the machine does it natively and the model gains by it.
         augment: random transforms of training scans.
         workers: processes that draw and augment scans; 0 does it in this one.
     """
@@ -121,7 +121,7 @@ class _Run:
         self.model, self.data, self.val, self.config, self.seed = model, train, val, config, seed
         self.folder = state_folder
         self.draws = Draws(train, config.augment, seed=seed)
-        self.fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
+        self.fabric = fabric_for(device, config.precision, mixed=model.mixed_precision_pays)
         self.facts = {"fit": config.model_dump(), "model": model.config.model_dump(), "seed": seed, "scans": len(train)}
         saved = load_state(state_folder, self.facts) if state_folder else None
         if saved is None:
@@ -130,7 +130,7 @@ class _Run:
         self.players = model.players()
         optimizers = [
             torch.optim.AdamW(
-                p.parameters, lr=config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay
+                p.parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
             )
             for p in self.players
         ]
@@ -270,10 +270,10 @@ class _Run:
 # -- parts ---------------------------------------------------------------------------------------
 
 
-def fabric_for(device: str, precision: str, *, dims: int) -> Fabric:
-    """The device and precision to compute with."""
+def fabric_for(device: str, precision: str, *, mixed: bool) -> Fabric:
+    """The device and precision to compute with; `mixed` is what 'auto' means on a machine with native bfloat16."""
     accelerator = {"cuda": "gpu"}.get(device, device)
-    mixed = precision == "bfloat16" or (precision == "auto" and dims == 3 and _native_bfloat16(device))
+    mixed = precision == "bfloat16" or (precision == "auto" and mixed and _native_bfloat16(device))
     devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
     # Fabric announces its precision on stderr, through a logger and a handler of its own.
     announcer = logging.getLogger("lightning_fabric")
@@ -296,18 +296,19 @@ def _native_bfloat16(device: str) -> bool:
 def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfig, *, device: str) -> tuple[int, float]:
     """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps."""
     trial = copy.deepcopy(model)
-    fabric = fabric_for(device, config.precision, dims=train[0]["x"].ndim - 1)
-    player = trial.players()[0]
-    optimizer = torch.optim.AdamW(player.parameters, lr=0.0)
+    fabric = fabric_for(device, config.precision, mixed=model.mixed_precision_pays)
+    players = [player for player in trial.players() if _active(player, 0, config.batch_size)]
+    optimizer = torch.optim.AdamW([p for player in players for p in player.parameters], lr=0.0, fused=True)
     module, optimizer = fabric.setup(trial, optimizer)
     batch = _first(train, config.batch_size).to(fabric.device)
     timings = []
     for _ in range(4):
         begun = time.monotonic()
-        with _seeded(0, fabric.device):
-            total = module(batch, player.name).total.mean() / batch.x[0].numel()
         optimizer.zero_grad()
-        fabric.backward(total)
+        for player in players:
+            with _seeded(0, fabric.device):
+                total = module(batch, player.name).total.mean() / batch.x[0].numel()
+            fabric.backward(total)
         optimizer.step()
         timings.append(time.monotonic() - begun)
     seconds = min(timings[1:]) / len(batch.x)
