@@ -223,7 +223,7 @@ def mask_view(path: str, grid: Grid, options: ReadOptions = ReadOptions()) -> Fl
     if not path:
         return model_view(Scan(np.zeros((1, *grid.shape), np.float32), grid))
     found = flat(io.read(path, options))
-    drawn = (found.voxels > 0).any(0, keepdims=True).astype(np.float32)
+    drawn = np.any(found.voxels > 0, axis=0, keepdims=True).astype(np.float32)
     return model_view(Scan(drawn, found.grid, is_label=True).onto(grid, outside=0))
 
 

@@ -193,7 +193,7 @@ class _Run:
         """Score and z-map, with whatever the model is told besides the scan."""
         model = self.detector.model
         told = told_of(model.config)
-        given: dict[str, Tensor] = {}
+        given: dict[str, Tensor | None] = {}
         if told["covariates"]:
             given["cond"] = conditions_for(model.config, [row.label], [row.covariates])
         if told["context"]:

@@ -84,8 +84,8 @@ def conditions_for(config: ModelConfig, labels: Sequence[str], cells: Sequence[M
     """What to tell a model of scans with these classes and covariates; None for nothing."""
     told = told_of(config)
     rows = [condition(a, b, told["classes"], told["covariates"]) for a, b in zip(labels, cells, strict=True)]
-    if isinstance(rows[0], Tensor):
-        return torch.stack(rows)
+    if told["covariates"]:
+        return torch.stack([torch.as_tensor(row) for row in rows])
     return torch.tensor(rows) if config.classes else None
 
 
