@@ -58,7 +58,8 @@ class Flow(Model):
             coupling: 'additive' (NICE), 'affine' (Real NVP, Glow) or 'spline' (neural spline flows).
             mixing: of channels between couplings: 'conv' (learned, Glow) or 'permutation' (fixed).
             steps: couplings a level.
-            levels: squeezes; each halves every axis that is sampled about as finely as the finest.
+            levels: squeezes; each halves every axis that is sampled about as finely as the finest. With 0
+                channels are mixed where they are, which suits maps of many channels.
             width: features inside a coupling.
             kernels: widths of a coupling's three convolutions.
             spacing: mm along each modelled axis, where it differs; coarse axes are squeezed later.
@@ -73,7 +74,7 @@ class Flow(Model):
         coupling: CouplingName = "affine"
         mixing: MixingName = "conv"
         steps: int = Field(default=8, ge=1, le=256)
-        levels: int = Field(default=2, ge=1, le=16)
+        levels: int = Field(default=2, ge=0, le=16)
         width: int = Field(default=64, ge=1)
         kernels: tuple[int, int, int] = (3, 1, 3)
         spacing: tuple[float, ...] = ()
@@ -86,6 +87,8 @@ class Flow(Model):
         @property
         def blocks(self) -> tuple[tuple[int, ...], ...]:
             """Factors along each axis, level by level."""
+            if self.levels == 0:
+                return ((1,) * self.dims,)
             alone = tuple(n == 1 for n in self.shape)
             return squeezes(self.spacing or (1.0,) * self.dims, self.levels, alone)
 
@@ -114,7 +117,7 @@ class Flow(Model):
         for level, factors in enumerate(config.blocks):
             channels *= prod(factors)
             block = tuple(a * b for a, b in zip(block, factors, strict=True))
-            last = level == config.levels - 1
+            last = level == len(config.blocks) - 1
             guide = _guide(config, block)
             self.guides.append(guide)
             self.chains.append(_chain(config, channels, given=guide is not None, last=last))

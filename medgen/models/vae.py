@@ -11,7 +11,9 @@ plus a network that starts at zero. The linear maps begin as probabilistic PCA o
 (or blocks), the optimal linear VAE (Tipping & Bishop 1999, equations 6 to 9; Lucas et al. 2019, "Don't
 blame the ELBO"), so training starts where PCA ends and a code does not collapse.
 
-Scans are sampled from a Gaussian field fitted to the training codes (`medgen.prob.priors`).
+p(z) is the standard normal, or a flow trained with the rest (`prior`; Chen et al. 2017, "Variational lossy
+autoencoder", section 3.2): a neural spline flow on vectors, a coupling flow on maps. Without a flow, scans are
+sampled from a Gaussian field fitted to the training codes (`medgen.prob.priors`).
 """
 
 from collections.abc import Iterable
@@ -20,20 +22,37 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
+from zuko.flows import NSF
 
 from medgen.data.dataset import Batch
 from medgen.models.base import Ability, Loss, Model, ModelConfig
+from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.prob.divergences import kl_to_standard_normal, with_free_bits
 from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
+from medgen.prob.point import Point
 from medgen.prob.priors import CodeField, principal_components
-from medgen.seeds import seeded_noise
+from medgen.seeds import derived_seed, seeded_noise
 
 # Scans decoded together when sampling; always this many, so that sample i never depends on n.
 _MICRO_BATCH = {2: 16, 3: 1}
+
+
+class FlowPrior(BaseModel):
+    """p(z) as a flow.
+
+    Args:
+        steps: transforms of a vector (autoregressive splines), couplings of a map.
+        width: features inside them.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    steps: int = Field(default=3, ge=1, le=64)
+    width: int = Field(default=64, ge=1)
 
 
 class VAE(Model):
@@ -59,6 +78,7 @@ class VAE(Model):
             likelihood: noise of p(x | z).
             beta: weight of the KL term; 1 is the evidence lower bound.
             free_bits: nats every latent dimension may cost without being pushed towards the prior.
+            prior: a flow over codes; none is the standard normal.
         """
 
         kind: Literal["vae"] = "vae"
@@ -71,6 +91,7 @@ class VAE(Model):
         likelihood: LikelihoodName = "gaussian"
         beta: float = Field(default=1.0, ge=0)
         free_bits: float = Field(default=0.0, ge=0)
+        prior: FlowPrior | None = None
 
         @property
         def stride(self) -> int:
@@ -91,6 +112,10 @@ class VAE(Model):
         def _divisible(self) -> "VAE.Config":
             if any(n % self.stride for n in self.shape):
                 raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+            if self.prior and self.free_bits:
+                raise ValueError("free_bits are counted a dimension, which a flow prior does not tell apart; set one")
+            if self.prior and self.code == "map" and self.latent < 2:
+                raise ValueError("a flow prior over a map couples channels; latent must be 2 or more")
             return self
 
     config: "VAE.Config"
@@ -115,6 +140,7 @@ class VAE(Model):
         self.template = nn.Parameter(torch.zeros(1, config.channels, *config.shape))
         self.slow_log_scale = nn.Parameter(torch.zeros(config.channels))
         self.field = CodeField(config.code_shape, max(1, classes))
+        self.prior = _prior(config)
         for parameter in (*self.to_code.parameters(), *self.decoder.head[0].parameters()):
             nn.init.zeros_(parameter)
         channels_last(self, dims)
@@ -159,9 +185,16 @@ class VAE(Model):
     def forward(self, batch: Batch, player: str = "model") -> Loss:
         """The negative evidence lower bound, nats a scan."""
         posterior = self.encode(batch.x, batch.cond)
-        distortion = -self.decode(posterior.rsample(), batch.cond).log_prob(batch.x)
-        rate = with_free_bits(kl_to_standard_normal(posterior), self.config.free_bits)
+        z = posterior.rsample()
+        distortion = -self.decode(z, batch.cond).log_prob(batch.x)
+        rate = self._rate(posterior, z, batch.cond, self.config.free_bits)
         return Loss(distortion + self.config.beta * rate, {"distortion": distortion, "rate": rate})
+
+    def _rate(self, posterior: Independent, z: Tensor, cond: Tensor | None, free_bits: float) -> Float[Tensor, " b"]:
+        """What codes cost, nats: KL(q || p), or log q(z) - log p(z) at the drawn code under a flow."""
+        if self.prior is None:
+            return with_free_bits(kl_to_standard_normal(posterior), free_bits)
+        return posterior.log_prob(z) + self.prior(Batch(z, cond)).total
 
     def initialise(self, batch: Batch) -> None:
         """Start from probabilistic PCA of the scans (of their blocks, for a map), in closed form."""
@@ -182,6 +215,8 @@ class VAE(Model):
                 self.linear_out.weight.mul_(4.0)  # the slope of the logit at one half
             output = self.decode(self.encode(batch.x, batch.cond).mean, batch.cond).mean
             self.slow_log_scale.copy_(best_log_scale(self.config.likelihood, batch.x, output) / 10)
+            if isinstance(self.prior, Flow):
+                self.prior.initialise(Batch(self.encode(batch.x, batch.cond).mean, batch.cond))
 
     def finalise(self, batches: Iterable[Batch]) -> None:
         """Fit the Gaussian field that sampling draws codes from."""
@@ -198,15 +233,22 @@ class VAE(Model):
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
-        """`n` scans: the mean of p(x | z) for z from the fitted code field."""
+        """`n` scans: the mean of p(x | z) for z from the flow prior, or else from the fitted code field."""
         size = _MICRO_BATCH[self.config.dims]
         drawn = []
         for first in range(0, n, size):
             last = torch.arange(first, first + size).clamp(max=n - 1)
             chosen = None if cond is None else cond[last].to(self.log_scale.device)
-            codes = self.field.sample(size, seed=seed, first=first, cond=chosen)
+            codes = self._codes(size, seed, first, chosen)
             drawn.append(self.decode(codes.to(self.log_scale.device), chosen).mean[: n - first])
         return torch.cat(drawn)
+
+    def _codes(self, count: int, seed: int, first: int, cond: Tensor | None) -> Float[Tensor, "count *code"]:
+        """Codes first, first + 1, ... of this seed."""
+        if self.prior is None:
+            return self.field.sample(count, seed=seed, first=first, cond=cond)
+        noise = seeded_noise((count, prod(self.config.code_shape)), seed=derived_seed(seed, 1), first=first)
+        return self.prior.decode(noise.to(self.log_scale.device), cond).mean.reshape(-1, *self.config.code_shape)
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
@@ -236,8 +278,43 @@ class VAE(Model):
         posterior = self.encode(x, cond)
         noise = seeded_noise((1, *posterior.mean.shape[1:]), seed=0).to(x.device)
         z = posterior.mean + posterior.stddev * noise
-        rate = kl_to_standard_normal(posterior).flatten(1).sum(1)
-        return self.decode(z, cond).log_prob(x) - rate
+        return self.decode(z, cond).log_prob(x) - self._rate(posterior, z, cond, -torch.inf)
+
+
+class _VectorFlow(nn.Module):
+    """A neural spline flow over code vectors, autoregressive, told the class (Durkan et al. 2019; zuko's)."""
+
+    def __init__(self, config: VAE.Config, prior: FlowPrior) -> None:
+        super().__init__()
+        self.classes = len(config.classes)
+        hidden = (prior.width, prior.width)
+        self.flow = NSF(config.latent, context=self.classes, transforms=prior.steps, hidden_features=hidden)
+
+    def _told(self, cond: Tensor | None, z: Tensor) -> Tensor | None:
+        if not self.classes:
+            return None
+        if cond is None:  # of no known class: equally of each
+            return z.new_full((len(z), self.classes), 1 / self.classes)
+        return nn.functional.one_hot(cond, self.classes).to(z)
+
+    def forward(self, batch: Batch) -> Loss:
+        """-log p(z), nats, of codes `batch.x`."""
+        rows = batch.x.flatten(1)
+        with torch.autocast(rows.device.type, enabled=False):
+            return Loss(-self.flow(self._told(batch.cond, rows)).log_prob(rows))
+
+    def decode(self, noise: Float[Tensor, "b latent"], cond: Tensor | None = None) -> Point:
+        """Codes behind standard normal noise."""
+        return Point(self.flow(self._told(cond, noise)).transform.inv(noise))
+
+
+def _prior(config: VAE.Config) -> "_VectorFlow | Flow | None":
+    if config.prior is None:
+        return None
+    if config.code == "vector":
+        return _VectorFlow(config, config.prior)
+    fields = {"shape": config.coarse, "channels": config.latent, "classes": config.classes}
+    return Flow(Flow.Config(**fields, bits=0, levels=0, steps=config.prior.steps, width=config.prior.width))
 
 
 __all__ = ["VAE"]
