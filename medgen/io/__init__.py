@@ -246,6 +246,10 @@ def _add_npz(file: Path, sources: list[Source], skipped: list[Skipped]) -> None:
 
 def _only(path: Path, options: ReadOptions) -> Source:
     """The one scan at `path`."""
+    place, fragment = _split_fragment(path)
+    if fragment and format_of(place) == "npz":
+        # Its reader knows which items there are; to list thousands for each of them takes minutes.
+        return Source(str(path), "npz", (place,))
     found = find(path, options)
     exact = [source for source in found.sources if source.path == str(path)]
     sources = exact or list(found.sources)
