@@ -22,11 +22,12 @@ from medgen.data.window import flat, real_voxels
 from medgen.errors import CapabilityError, ConfigError, DataError
 from medgen.grid import Grid
 from medgen.log import reporting
-from medgen.models import FAMILIES
+from medgen.models import FAMILIES, family
 from medgen.scan import Scan
 from medgen.tasks.anomaly import Scored, Scores
 from medgen.tasks.calibration import normals, p_value
 from medgen.tasks.detector import Detector, examined, held_out_metrics, log_density
+from medgen.tasks.plan import Choices, plan_training
 
 ONCE = {"minutes": None}
 
@@ -673,3 +674,56 @@ def test_held_out_metrics_know_the_mask(masked, given):
     held = ScanDataset(index(masked).split("calibration"), bundle.recipe, **told_of(bundle.model.config))
     assert held_out_metrics(bundle.model, held) == bundle.metrics
     assert isinstance(index(masked), Manifest)
+
+
+# -- every family that is told more than a class ---------------------------------------------------------
+
+TOLD = [name for name in FAMILIES if "context" in family(name).Config.model_fields]
+
+
+@pytest.fixture(scope="module")
+def told_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Pictures of an odd size with ages and masks."""
+    folder = tmp_path_factory.mktemp("told") / "world"
+    blob_world(folder, (19, 22, 1), n=14)
+    lines = ["path,mask,age"]
+    for n, path in enumerate(sorted(folder.glob("*.png"))):
+        mask = (np.asarray(Image.open(path)) > 150).astype(np.uint8)
+        Image.fromarray(mask).save(folder / f"{path.stem}_mask.png")
+        lines.append(f"{path.name},{path.stem}_mask.png,{30 + n}")
+    (folder / "table.csv").write_text("\n".join(lines) + "\n")
+    return folder / "table.csv"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", TOLD)
+def test_every_family_that_can_is_told_covariates_and_masks(told_pictures, tmp_path, kind):
+    fields = family(kind).Config.model_fields
+    small = {name: value for name, value in {"width": 8, "levels": 1, "steps": 2}.items() if name in fields}
+    made = preset(tmp_path, 2, **small | {"kind": kind})
+    trained = medgen.train(told_pictures, tmp_path / "b", preset=made, covariates=["age"], context="mask", **ONCE)
+    bundle = Bundle.load(trained)
+    assert bundle.model.config.condition_width == bundle.model.config.context == 1
+    scores = medgen.score(told_pictures, trained, tmp_path / "scores")
+    assert not scores.failed
+    assert all(np.isfinite(scan.score) for scan in scores.scans)
+    done = medgen.augment(told_pictures, tmp_path / "made", bundle=trained, n=2)
+    table = rows(tmp_path / "made" / "manifest.csv")
+    assert done.written == len(table) == 2
+    for row in table:
+        assert 0 < float(row["age"]) < 80
+        scan, mask = (io.read(tmp_path / "made" / row[name]) for name in ("path", "mask"))
+        assert scan.grid.shape == mask.grid.shape == (19, 22, 1)
+
+
+def test_thick_slices_are_not_padded_for_a_family_that_asks_how_far_they_lie_apart(tmp_path):
+    folder = tmp_path / "thick"
+    folder.mkdir()
+    for seed in range(6):
+        voxels = np.random.default_rng(seed).integers(50, 200, (1, 16, 13, 5)).astype(np.uint8)
+        io.write(Scan(voxels, Grid((16, 13, 5), np.diag([1.0, 1.0, 6.0, 1.0]))), folder / f"p{seed}.nii.gz")
+    plan = plan_training(folder, Choices(preset="glow3d", overrides=["model.levels=2"]))
+    assert plan.model.spacing == (1.0, 1.0, 6.0)
+    assert plan.model.shape == (16, 16, 5)
+    even = plan_training(folder, Choices(preset="glow3d", overrides=["model.levels=2", "model.spacing=[1, 1, 1]"]))
+    assert even.model.shape == (16, 16, 8)

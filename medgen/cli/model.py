@@ -89,7 +89,7 @@ def show_plan(data, options, choices: dict, as_json: bool) -> None:
     import yaml
 
     from medgen.io import opened
-    from medgen.tasks.learn import Choices, plan_training
+    from medgen.tasks.plan import Choices, plan_training
 
     with opened(data) as place:
         plan = plan_training(place, Choices(**choices), options).describe()

@@ -31,7 +31,8 @@ from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
 from medgen.tasks.capabilities import can, families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.learn import Choices, Plan, learn, plan_training
+from medgen.tasks.learn import learn
+from medgen.tasks.plan import Choices, Plan, plan_training
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]

@@ -1,10 +1,9 @@
 """`medgen train`: from a folder of scans to a bundle."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Literal, cast
 
 import numpy as np
 import torch
@@ -12,128 +11,24 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle, Contract
-from medgen.config import Preset, load_preset, typed
 from medgen.data.dataset import ScanDataset
-from medgen.data.fingerprint import Fingerprint, auto_recipe, fingerprint
-from medgen.data.manifest import Manifest, index
-from medgen.data.recipe import GeometryStep, Recipe
-from medgen.data.window import flat
-from medgen.errors import ConfigError, DataError, MedgenError
+from medgen.data.recipe import GeometryStep
+from medgen.errors import DataError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
-from medgen.log import note, track
-from medgen.models import build, family
-from medgen.models.base import Model, ModelConfig, Samples
+from medgen.log import note
+from medgen.models import build
+from medgen.models.base import Model, Samples
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
-from medgen.scan import Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.capabilities import can
-from medgen.tasks.conditions import check_context, condition_fields, conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.detector import calibrate, can_score, held_out_metrics
+from medgen.tasks.plan import Choices, Plan, plan_training
 from medgen.tasks.workspace import Workspace
 from medgen.training.fit import FitConfig, fit, images_in
 from medgen.training.state import Progress
-
-# Scans read to find a recipe; a fingerprint needs no more.
-_LOOKED_AT = 64
-
-
-@dataclass(frozen=True)
-class Choices:
-    """What a person decides about a training run.
-
-    Args:
-        preset: name or YAML file; None: the default for images or for volumes.
-        label: learn one class only, such as 'normal'.
-        domain: learn one modality or site only.
-        overrides: 'a.b=c' changes of the preset.
-        minutes: training time to keep within on this machine; None: the preset's images.
-        seed: decides splits, order, noise.
-        covariates: columns of the manifest that the model is told, such as 'age' and 'sex'.
-        context: 'mask' gives the model each scan's mask; None for nothing.
-    """
-
-    preset: str | Path | None = None
-    label: str | None = None
-    domain: str | None = None
-    overrides: Sequence[str] = ()
-    minutes: float | None = 20
-    seed: int = 0
-    covariates: Sequence[str] = ()
-    context: Literal["mask"] | None = None
-
-    def settings(self) -> dict[str, Any]:
-        """Plain values, for JSON."""
-        return asdict(self) | {"preset": str(self.preset)}
-
-
-@dataclass(frozen=True, eq=False)
-class Plan:
-    """What a training run will do, before it does it.
-
-    Args:
-        manifest: the scans, with splits.
-        preset: name of the preset.
-        model: config of the model.
-        recipe: from scan to model input.
-        fit: how to train.
-        found: the scans' fingerprint.
-        minutes: training time to keep within, None for no bound.
-    """
-
-    manifest: Manifest
-    preset: str
-    model: ModelConfig
-    recipe: Recipe
-    fit: FitConfig
-    found: Fingerprint
-    minutes: float | None
-
-    def describe(self) -> dict[str, Any]:
-        """Plain values for people and for JSON."""
-        counts = {name: len(self.manifest.split(name)) for name in ("train", "val", "calibration", "test")}
-        return {
-            "scans": counts,
-            "classes": list(self.model.classes),
-            "preset": self.preset,
-            "model": self.model.model_dump(mode="json"),
-            "recipe": self.recipe.model_dump(mode="json"),
-            "fit": self.fit.model_dump(mode="json"),
-            "minutes": self.minutes,
-        }
-
-
-def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadOptions = ReadOptions()) -> Plan:
-    """Look at the scans and decide everything; nothing is written.
-
-    Raises:
-        DataError: nothing to learn from.
-        ConfigError: the preset does not fit.
-    """
-    manifest = _chosen(index(data, options, seed=choices.seed), choices.label, choices.domain)
-    note(manifest.summary())
-    found = fingerprint(_readable(manifest.split("train"), options))
-    name = str(choices.preset or ("vae2d" if found.planar else "vae3d"))
-    preset = load_preset(name, choices.overrides)
-    if preset.about.dims != (2 if found.planar else 3):
-        kind = "images" if found.planar else "volumes"
-        raise ConfigError(
-            f"Preset {name!r} is for {preset.about.dims}D; these are {kind}. Run `medgen models` for others."
-        )
-    kind = family(str(preset.model.get("kind")))
-    given = {"channels": found.channels, "classes": _classes(manifest)}
-    if "spacing" in kind.Config.model_fields:
-        given["spacing"] = found.spacing[: preset.about.dims]
-    given |= condition_fields(kind.Config, manifest, choices.covariates, choices.context)
-    values = {**given, **preset.model}
-    recipe = _recipe(preset, found, kind.stride(values))
-    if recipe.shape is None:
-        raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
-    config = typed(kind.Config, {"shape": recipe.shape[: preset.about.dims], **values}, name, "model")
-    check_context(config, manifest)
-    settings = typed(FitConfig, preset.fit, name, "fit")
-    return Plan(manifest, name, config, recipe, settings, found, choices.minutes)
 
 
 def train(
@@ -270,57 +165,6 @@ def preview(bundle: Bundle, path: Path, masks: Sequence[Tensor] = (), *, seed: i
 # -- decisions -----------------------------------------------------------------------------------
 
 
-def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manifest:
-    """The scans to learn from: one class or domain where asked, else the largest domain."""
-    if label is not None:
-        if label not in manifest.labels:
-            raise DataError(f"There is no class {label!r}. Classes: {', '.join(manifest.labels) or 'none'}.")
-        manifest = manifest.where(label=label)
-    if domain is not None:
-        if domain not in manifest.domains:
-            raise DataError(f"There is no domain {domain!r}. Domains: {', '.join(manifest.domains) or 'none'}.")
-        manifest = manifest.where(domain=domain)
-    elif len(manifest.domains) > 1:
-        largest = max(manifest.domains, key=lambda name: len(manifest.where(domain=name)))
-        note(f"The scans are of several kinds ({', '.join(manifest.domains)}); learning {largest}. --domain chooses.")
-        manifest = manifest.where(domain=largest)
-    if not len(manifest.split("train")):
-        raise DataError(f"No scan of {manifest.root} is left for training; {len(manifest)} were found.")
-    return manifest
-
-
-def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:
-    """The first scans that can be read; whatever cannot is named when the dataset is built.
-
-    Raises:
-        DataError: none of them can be read; says why not the first.
-    """
-    seen, first = 0, None
-    for row in track(manifest.rows[: 2 * _LOOKED_AT], "Looking at scans"):
-        if seen >= _LOOKED_AT:
-            return
-        try:
-            yield flat(io.read(manifest.locate(row.path), options))
-            seen += 1
-        except MedgenError as error:
-            first = first or error
-    if not seen:
-        raise DataError(f"None of {len(manifest)} scans in {manifest.root.name} could be read; the first: {first}")
-
-
-def _recipe(preset: Preset, found: Fingerprint, stride: int | tuple[int, ...]) -> Recipe:
-    if isinstance(preset.recipe, Recipe):
-        return preset.recipe
-    if preset.recipe != "auto":
-        raise ConfigError(f"recipe: takes 'auto' or steps; found {preset.recipe!r}.")
-    return auto_recipe(found, multiple=stride, max_voxels=preset.max_voxels)
-
-
-def _classes(manifest: Manifest) -> tuple[str, ...]:
-    """The classes to tell apart: all of them, where every scan has one and there are several."""
-    return manifest.labels if len(manifest.labels) > 1 and all(row.label for row in manifest.rows) else ()
-
-
 def _timed(plan: Plan, model: Model, train_set: ScanDataset, work: Workspace, device: str) -> FitConfig:
     """The training config with as many images as fit the minutes; decided once for a run."""
     if plan.minutes is None:
@@ -389,4 +233,4 @@ def _device(model: Model) -> torch.device:
     return next(model.parameters()).device
 
 
-__all__ = ["Choices", "Plan", "learn", "plan_training", "preview", "train"]
+__all__ = ["learn", "preview", "train"]
