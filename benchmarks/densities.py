@@ -1,6 +1,7 @@
 """What the density benchmarks share: PneumoniaMNIST's normal chests in grey levels, and bits per dimension."""
 
 import math
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -9,7 +10,12 @@ import torch
 from measure import shared_data
 from torch import Tensor
 
+from medgen.config import Preset
 from medgen.data.dataset import Batch, collate
+from medgen.models import build, config_of
+from medgen.models.base import Model
+from medgen.nets.blocks import count_parameters
+from medgen.training.fit import FitConfig, fit, images_in
 
 LEVELS = 256
 
@@ -43,6 +49,27 @@ class GreyScans:
     def batches(self, size: int) -> Iterator[Batch]:
         for first in range(0, len(self), size):
             yield collate([self[n] for n in range(first, min(first + size, len(self)))])
+
+
+def trained(
+    preset: Preset, train: np.ndarray, held: np.ndarray, *, minutes: float, seed: int
+) -> tuple[Model, dict[str, float]]:
+    """A preset trained on grey levels (n, *space) within the minutes, with the checkpoint chosen on `held`."""
+    began = time.monotonic()
+    torch.manual_seed(seed)
+    model = build(config_of({**preset.model, "shape": train.shape[1:], "channels": 1, "bits": 8}))
+    settings = FitConfig.model_validate(preset.fit)
+    possible, _ = images_in(0.8 * minutes, model, GreyScans(train), settings, device="cpu")
+    settings = settings.model_copy(update={"images": min(settings.images, possible)})
+    reached = fit(model, GreyScans(train), GreyScans(held), settings, seed=seed, device="cpu", seconds=60 * minutes)
+    facts = {"images seen": reached.seen, "checkpoint": reached.best_seen, "parameters": count_parameters(model)}
+    return model.eval(), facts | {"minutes": (time.monotonic() - began) / 60}
+
+
+def nats(model: Model, x: Tensor) -> Tensor:
+    """-log p of 8-bit scans; of a lower bound of log p where the family has no more to give."""
+    exact = "scores_density" in model.abilities(model.config)
+    return -(model.log_prob(x) if exact else model.elbo(x))
 
 
 @torch.no_grad()

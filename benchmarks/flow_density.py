@@ -19,10 +19,6 @@ from measure import keep, table
 from PIL import Image
 
 from medgen.config import load_preset
-from medgen.models import build, config_of
-from medgen.models.base import Model
-from medgen.nets.blocks import count_parameters
-from medgen.training.fit import FitConfig, fit, images_in
 
 REPORTED = ("tenth", "val", "test")
 
@@ -65,27 +61,6 @@ def gaussian(scans: dict[str, np.ndarray]) -> tuple[RidgeGaussian, float]:
     return RidgeGaussian(np.concatenate([scans["train"], scans["tenth"]]), best), best
 
 
-def trained(
-    name: str, scans: dict[str, np.ndarray], *, minutes: float, seed: int, overrides: list[str]
-) -> tuple[Model, dict[str, int]]:
-    """A preset, trained on nine tenths of train within the minutes, with the checkpoint chosen on the tenth."""
-    preset = load_preset(name, overrides)
-    torch.manual_seed(seed)
-    model = build(config_of({**preset.model, "shape": (28, 28), "channels": 1, "bits": 8}))
-    train, tenth = GreyScans(scans["train"]), GreyScans(scans["tenth"])
-    settings = FitConfig.model_validate(preset.fit)
-    possible, _ = images_in(0.8 * minutes, model, train, settings, device="cpu")
-    settings = settings.model_copy(update={"images": min(settings.images, possible)})
-    reached = fit(model, train, tenth, settings, seed=seed, device="cpu", seconds=60 * minutes)
-    return model.eval(), {"images seen": reached.seen, "checkpoint": reached.best_seen}
-
-
-def nats(model: Model, x: torch.Tensor) -> torch.Tensor:
-    """-log p of 8-bit scans; a lower bound of log p where the family has no more to give."""
-    exact = "scores_density" in model.abilities(model.config)
-    return -(model.log_prob(x) if exact else model.elbo(x))
-
-
 def main() -> None:
     options = argparse.ArgumentParser()
     options.add_argument("--presets", default="", help="medgen presets, separated by commas; none: baselines only")
@@ -107,11 +82,9 @@ def main() -> None:
     report("ridge Gaussian", {split: density.bits(scans[split]) for split in ("val", "test")}, ridge=ridge)
     for preset in filter(None, options.presets.split(",")):
         for seed in range(options.seeds):
-            started = time.monotonic()
-            model, facts = trained(preset, scans, minutes=options.minutes, seed=seed, overrides=options.set)
-            minutes = (time.monotonic() - started) / 60
+            wanted = load_preset(preset, options.set)
+            model, facts = trained(wanted, scans["train"], scans["tenth"], minutes=options.minutes, seed=seed)
             bits = {s: bits_per_dim(partial(nats, model), GreyScans(scans[s]).x) for s in REPORTED}
-            facts |= {"minutes": minutes, "parameters": count_parameters(model)}
             report(f"{preset}, seed {seed}", bits, **facts)
     table(rows, ("density", *(f"{split}, bits/dim" for split in REPORTED)))
     keep("flow_density", {"threads": torch.get_num_threads(), **results}, began)
