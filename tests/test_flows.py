@@ -10,9 +10,9 @@ from medgen.data.dataset import Batch
 from medgen.errors import DataError
 from medgen.models import build, config_of
 from medgen.models.base import Model
-from medgen.models.pyramidflow import _drawn_window, tiles
 from medgen.nets.blocks import squeezes
 from medgen.nets.haar import haar, haar_ladj, unhaar
+from medgen.nets.windows import drawn_window, tiles
 from medgen.seeds import voxel_normal, voxel_uniform
 
 COUPLINGS = ["additive", "affine", "spline"]
@@ -42,7 +42,7 @@ def scans(n: int, model: Model, shape: tuple[int, ...] | None = None, seed: int 
 @pytest.mark.parametrize("shape", [(4, 6), (2, 4, 6)])
 def test_a_flow_gives_back_its_scan_and_its_density_is_autograds(coupling, mixing, shape):
     values = {"kind": "flow", "coupling": coupling, "mixing": mixing, "shape": shape, "bits": 0, "width": 6}
-    model = stirred(values | {"steps": 2, "levels": 1, "position": True}).double()
+    model = stirred(values | {"steps": 2, "levels": 1, "position": 2}).double()
     x = scans(1, model).double()
     with torch.no_grad():
         assert float((model.from_noise(model.to_noise(x)[0]) - x).abs().max()) < 1e-10
@@ -63,7 +63,7 @@ def test_in_single_precision_a_flow_still_gives_back_its_scan(coupling, shape):
 
 @pytest.mark.parametrize("spacing", [(), (1.0, 4.0)])
 def test_a_pyramid_flows_density_is_autograds(spacing):
-    values = {"kind": "pyramidflow", "shape": (8, 4), "bits": 0, "width": 6, "steps": 2, "levels": 1, "position": 2}
+    values = {"kind": "pyramidflow", "shape": (8, 4), "bits": 0, "width": 6, "steps": 2, "levels": 1, "position": 3}
     model = stirred(values | {"spacing": spacing}).double()
     x = scans(1, model).double()
 
@@ -72,7 +72,7 @@ def test_a_pyramid_flows_density_is_autograds(spacing):
         for number, level in enumerate(model.levels):
             details, coarse, _ = model._at(v, None, number)
             space = tuple(details.shape[2:])
-            parts.append(level(details, coarse, None, None, level.place((0, 0), space, space).to(v))[0].flatten())
+            parts.append(level(details, coarse, None, None, level.guide.place((0, 0), space, space))[0].flatten())
         return torch.cat(parts)
 
     jacobian = torch.autograd.functional.jacobian(noise, x).reshape(x.numel(), -1)
@@ -172,7 +172,7 @@ def test_the_loss_on_patches_is_on_average_that_of_the_whole_scan():
     torch.manual_seed(0)
     draws = 1500
     for _ in range(draws):
-        window, weights = _drawn_window((n,), (count,), reach)
+        window, weights = drawn_window((n,), (count,), reach)
         first, last = window.core[0]
         assert first == 0 or first - window.origin[0] >= reach
         assert last == n or window.origin[0] + count - last >= reach

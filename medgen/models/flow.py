@@ -63,7 +63,8 @@ class Flow(Model):
             width: features inside a coupling.
             kernels: widths of a coupling's three convolutions.
             spacing: mm along each modelled axis, where it differs; coarse axes are squeezed later.
-            position: learn a feature vector for each position; for scans that lie alike.
+            position: learn a feature vector for each place, at most so many along an axis, interpolated
+                between; for scans that lie alike. 0 for none.
             bits: grey values are whole numbers of so many bits; 0 for continuous data.
             dequantisation: noise between grey values: 'uniform', or 'variational' (learned; a bound).
             memory: 'store' activations, or 'recompute' them in the backward pass.
@@ -78,7 +79,7 @@ class Flow(Model):
         width: int = Field(default=64, ge=1)
         kernels: tuple[int, int, int] = (3, 1, 3)
         spacing: tuple[float, ...] = ()
-        position: bool = False
+        position: int = Field(default=0, ge=0, le=256)
         bits: int = Field(default=8, ge=0, le=16)
         dequantisation: Literal["uniform", "variational"] = "uniform"
         memory: Literal["store", "recompute"] = "store"
@@ -152,8 +153,8 @@ class Flow(Model):
     ) -> tuple[list[Tensor], list[Tensor]]:
         """Noise of every level, finest first, and each level's ladj map (b, 1, *positions)."""
         noises, ladjs = [], []
-        for factors, chain, guide in zip(self.config.blocks, self.chains, self.guides, strict=True):
-            x, ladj = chain(squeezed(x, factors), None if guide is None else guide(cond, context))
+        for factors, chain, given in zip(self.config.blocks, self.chains, self._told(cond, context), strict=True):
+            x, ladj = chain(squeezed(x, factors), given)
             kept = x.shape[1] - (0 if chain is self.chains[-1] else x.shape[1] // 2)
             x, noise = x[:, :kept], x[:, kept:]
             noises.append(noise)
@@ -166,11 +167,23 @@ class Flow(Model):
     ) -> Float[Tensor, "b c *space"]:
         """The exact inverse of `to_noise`."""
         x = noises[-1]
-        levels = zip(self.config.blocks, self.chains, self.guides, noises, strict=True)
-        for factors, chain, guide, noise in reversed(list(levels)):
+        levels = zip(self.config.blocks, self.chains, self._told(cond, context), noises, strict=True)
+        for factors, chain, given, noise in reversed(list(levels)):
             x = x if noise is noises[-1] else torch.cat([x, noise], 1)
-            x = from_blocks(chain.inverse(x, None if guide is None else guide(cond, context)).movedim(1, -1), factors)
+            x = from_blocks(chain.inverse(x, given).movedim(1, -1), factors)
         return x
+
+    def _told(self, cond: Tensor | None, context: Tensor | None) -> list[Tensor | None]:
+        """What couplings of every level are told."""
+        told, block = [], (1,) * self.config.dims
+        for factors, guide in zip(self.config.blocks, self.guides, strict=True):
+            block = tuple(a * b for a, b in zip(block, factors, strict=True))
+            if not isinstance(guide, Guide):
+                told.append(None)
+                continue
+            seen = None if context is None else squeezed(context, block)
+            told.append(guide(cond, seen, guide.place((0,) * len(block), guide.extent, guide.extent)))
+        return told
 
     # -- training ------------------------------------------------------------------------------------
 
@@ -179,8 +192,8 @@ class Flow(Model):
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
             x = dequantised(batch.x, torch.rand(batch.x.shape).to(batch.x), self.config.bits)
-            for factors, chain, guide in zip(self.config.blocks, self.chains, self.guides, strict=True):
-                given = None if guide is None else guide(batch.cond, batch.context)
+            told = self._told(batch.cond, batch.context)
+            for factors, chain, given in zip(self.config.blocks, self.chains, told, strict=True):
                 x = chain.initialise(squeezed(x, factors), given)
                 x = x[:, : x.shape[1] - x.shape[1] // 2]
 
@@ -290,7 +303,8 @@ class _Noise(nn.Module):
         super().__init__()
         self.block, self.bits = config.blocks[0], config.bits
         channels = config.channels * prod(self.block)
-        self.guide = Guide(config.dims, _GUIDE, numbers=0, context=config.channels, block=self.block, place=None)
+        extent = [n // size for n, size in zip(config.shape, self.block, strict=True)]
+        self.guide = Guide(config.dims, _GUIDE, seen=channels, extent=extent)
         steps = [
             step
             for _ in range(4)
@@ -298,10 +312,10 @@ class _Noise(nn.Module):
         ]
         self.chain = Chain(steps)
 
-    def forward(self, grey: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, levels: Tensor, noise: Tensor) -> tuple[Tensor, Tensor]:
         """u, and log q(u | x) as a map (b, 1, *positions)."""
         z = squeezed(noise, self.block)
-        y, ladj = self.chain(z, self.guide(None, grey / 2**self.bits))
+        y, ladj = self.chain(z, self.guide(None, squeezed(levels / 2**self.bits, self.block), None))
         inside = nn.functional.logsigmoid(y) + nn.functional.logsigmoid(-y)
         u = from_blocks(torch.sigmoid(y).movedim(1, -1), self.block)
         return u.clamp(1e-6, 1 - 1e-6), log_normal(z) - ladj - inside.sum(1, keepdim=True)
@@ -313,8 +327,9 @@ class _Noise(nn.Module):
 def _guide(config: Flow.Config, block: tuple[int, ...]) -> Guide | None:
     if not (config.condition_width or config.context or config.position):
         return None
-    place = [n // size for n, size in zip(config.shape, block, strict=True)] if config.position else None
-    return Guide(config.dims, _GUIDE, numbers=config.condition_width, context=config.context, block=block, place=place)
+    extent = [n // size for n, size in zip(config.shape, block, strict=True)]
+    seen = config.context * prod(block)
+    return Guide(config.dims, _GUIDE, numbers=config.condition_width, seen=seen, extent=extent, places=config.position)
 
 
 def _coupling(

@@ -11,9 +11,7 @@ only inside, weighted so that it is, on average, that of the whole scan. Scans o
 sharpened tile by tile, and the tiles agree: noise is a function of (seed, absolute voxel).
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from itertools import product
+from collections.abc import Callable
 from math import prod
 from typing import Any, Literal
 
@@ -25,9 +23,10 @@ from torch import Tensor, nn
 from medgen.data.dataset import Batch
 from medgen.errors import DataError
 from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player
-from medgen.nets.blocks import ConditionBias, channels_last, conv, from_blocks, spread, squeezed, squeezes
-from medgen.nets.conditioner import Conditioner
+from medgen.nets.blocks import channels_last, from_blocks, spread, squeezed, squeezes
+from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.haar import haar, haar_ladj, unhaar
+from medgen.nets.windows import Window, cut, drawn_window, tiles
 from medgen.prob.bijections import Chain, Coupling, Mix
 from medgen.prob.dequantisation import dequantised, log_normal, nats_a_level, quantised
 from medgen.seeds import derived_seed, voxel_normal, voxel_uniform
@@ -56,7 +55,8 @@ class PyramidFlow(Model):
             levels: halvings of the scan; the coarsest version has a flow of its own.
             width: features inside a coupling.
             spacing: mm along each modelled axis, where it differs; coarse axes are halved later.
-            position: frequencies (cycles over the scan: 1/2, 1, 2, ...) that tell where a voxel lies; 0 for none.
+            position: learn a feature vector for each place, at most so many along an axis, interpolated
+                between; for scans that lie alike. 0 for none.
             bits: grey values are whole numbers of so many bits; 0 for continuous data.
             patch: positions along an axis that a training patch has at every level, margins included.
             tile: positions along an axis that are scored or sampled at once.
@@ -70,7 +70,7 @@ class PyramidFlow(Model):
         levels: int = Field(default=2, ge=1, le=12)
         width: int = Field(default=48, ge=1)
         spacing: tuple[float, ...] = ()
-        position: int = Field(default=4, ge=0, le=8)
+        position: int = Field(default=16, ge=0, le=256)
         bits: int = Field(default=8, ge=0, le=16)
         patch: int = Field(default=32, ge=4)
         tile: int = Field(default=32, ge=4)
@@ -139,14 +139,15 @@ class PyramidFlow(Model):
         x = dequantised(batch.x, torch.rand_like(batch.x), self.config.bits)
         details, coarse, context = self._at(x, batch.context, number)
         size = tuple(min(self.config.patch, n) for n in details.shape[2:])
-        drawn = [_drawn_window(tuple(details.shape[2:]), size, level.reach) for _ in range(len(x))]
+        drawn = [drawn_window(tuple(details.shape[2:]), size, level.reach) for _ in range(len(x))]
         windows = [window for window, _ in drawn]
 
-        def cut(values: Tensor | None) -> Tensor | None:
+        def each(values: Tensor | None) -> Tensor | None:
             return None if values is None else torch.stack([v[w.index] for v, w in zip(values, windows, strict=True)])
 
-        place = torch.cat([level.place(w.origin, size, details.shape[2:]) for w in windows]).to(x)
-        part = level(cut(details), cut(coarse), batch.cond, cut(context), place)[1]
+        places = [level.guide.place(w.origin, size, tuple(details.shape[2:])) for w in windows]
+        place = None if places[0] is None else torch.cat(places)
+        part = level(each(details), each(coarse), batch.cond, each(context), place)[1]
         weights = torch.stack([weight for _, weight in drawn]).to(x)
         nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * prod(details.shape[2:])
         return Loss(nats, {player: nats})
@@ -165,7 +166,7 @@ class PyramidFlow(Model):
                 details, coarse, context = self._at(x, batch.context, number)
                 space = tuple(details.shape[2:])
                 level.initialise(
-                    details, coarse, batch.cond, context, level.place((0,) * len(space), space, space).to(x)
+                    details, coarse, batch.cond, context, level.guide.place((0,) * len(space), space, space).to(x)
                 )
 
     def _at(self, x: Tensor, context: Tensor | None, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -222,15 +223,15 @@ class PyramidFlow(Model):
         for number, level in enumerate(self.levels):
             details, coarse, given = self._at(x, context, number)
 
-            def scored(window: "Window", level=level, details=details, coarse=coarse, given=given) -> Tensor:
-                place = level.place(window.origin, window.size, tuple(details.shape[2:])).to(x)
-                return level(_cut(details, window), _cut(coarse, window), cond, _cut(given, window), place)[1]
+            def scored(window: Window, level=level, details=details, coarse=coarse, given=given) -> Tensor:
+                place = level.guide.place(window.origin, window.size, tuple(details.shape[2:]))
+                return level(cut(details, window), cut(coarse, window), cond, cut(given, window), place)[1]
 
             out = x.new_empty(len(x), 1, *details.shape[2:])
             found.append(self._tiled(out, level.reach, scored) - self._constant(number))
         return found
 
-    def _tiled(self, out: Tensor, reach: int, of: Callable[["Window"], Tensor]) -> Tensor:
+    def _tiled(self, out: Tensor, reach: int, of: Callable[[Window], Tensor]) -> Tensor:
         """Fill `out` with what `of` gives for every tile, margins cut off."""
         for window in tiles(tuple(out.shape[2:]), self.config.tile, reach):
             out[window.core_in_whole] = of(window)[window.core_in_window]
@@ -309,13 +310,13 @@ class PyramidFlow(Model):
         given = None if context is None else self._at(context, context, number)[2]
         cond = None if cond is None else cond.to(device)
 
-        def drawn(window: "Window") -> Tensor:
+        def drawn(window: Window) -> Tensor:
             noise = voxel_normal(
                 window.size, seed=derived_seed(seed, number), origin=window.origin, channels=level.channels
             ).to(device)
-            place = level.place(window.origin, window.size, space).to(device)
+            place = level.guide.place(window.origin, window.size, space)
             noise = self.config.temperature * noise[None]
-            return level.inverse(noise, _cut(coarse, window), cond, _cut(given, window), place)
+            return level.inverse(noise, cut(coarse, window), cond, cut(given, window), place)
 
         return self._tiled(torch.empty(1, level.channels, *space, device=device), level.reach, drawn)
 
@@ -328,21 +329,18 @@ class _Level(nn.Module):
         factors, dims = config.blocks[number], config.dims
         last = number == config.levels
         self.channels = config.channels * (prod(factors) - (not last))
-        self.frequencies = config.position
         whole = [prod(f) for f in zip(*config.blocks[: number + 1], strict=True)]
-        # Where a position lies is told in units of the training scans' extent.
-        self.extent = tuple(n // factor for n, factor in zip(config.shape, whole, strict=True))
+        extent = tuple(n // factor for n, factor in zip(config.shape, whole, strict=True))
         seen = (0 if last else config.channels) + config.context * prod(factors)
-        self.look = nn.Sequential(conv(dims, seen, _GUIDE), nn.SiLU(), conv(dims, _GUIDE, _GUIDE)) if seen else None
-        self.where = conv(dims, 2 * dims * config.position, _GUIDE, 1) if config.position else None
-        self.condition = ConditionBias(config.condition_width, _GUIDE)
-        self.start = nn.Parameter(torch.zeros(1, _GUIDE, *[1] * dims))
+        self.guide = Guide(
+            dims, _GUIDE, numbers=config.condition_width, seen=seen, extent=extent, places=config.position
+        )
         steps: list[Mix | Coupling] = [self._coupling(config, 0, "affine")]
         for _ in range(config.steps):
             steps += [Mix(self.channels, "conv"), self._coupling(config, self.channels // 2, config.coupling)]
         steps += [Mix(self.channels, "conv"), self._coupling(config, 0, "affine")]
         self.chain = Chain(steps, recompute=config.memory == "recompute")
-        self.reach = 2 * bool(seen) + sum(step.network.reach for step in steps if isinstance(step, Coupling))
+        self.reach = self.guide.reach + sum(step.network.reach for step in steps if isinstance(step, Coupling))
         channels_last(self, dims)
 
     def _coupling(self, config: PyramidFlow.Config, keep: int, kind: Literal["affine", "spline"]) -> Coupling:
@@ -351,121 +349,29 @@ class _Level(nn.Module):
         network = Conditioner(config.dims, keep, outside, config.width, given=_GUIDE, kernels=kernels)
         return Coupling(network, keep, kind, _BINS)
 
-    def place(
-        self, origin: tuple[int, ...], size: tuple[int, ...], whole: tuple[int, ...]
-    ) -> Float[Tensor, "1 k *size"] | None:
-        """Sines and cosines of where positions lie in the training scans' extent, about the scan's centre."""
-        bands = []
-        for axis, (start, count, extent, total) in enumerate(zip(origin, size, self.extent, whole, strict=True)):
-            at = (torch.arange(start, start + count, dtype=torch.float64) + 0.5 - total / 2) / extent
-            for power in range(self.frequencies):
-                for wave in (torch.sin, torch.cos):
-                    values = wave(at.clamp(-0.5, 0.5) * torch.pi * 2**power).float()
-                    bands.append(values.reshape([-1 if a == axis else 1 for a in range(len(size))]).expand(size))
-        return torch.stack(bands)[None] if bands else torch.zeros(1, 0, *size)
-
-    def told(self, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor) -> Tensor:
-        """What couplings are told, (b or 1, guide, *positions)."""
-        told = self.start.expand(-1, -1, *place.shape[2:])
-        if self.where is not None:
-            told = told + self.where(place)
+    def told(self, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None) -> Tensor:
+        """What couplings are told, (b or 1, guide, *positions or ones)."""
         seen = [part for part in (coarse, context) if part is not None]
-        if self.look is not None:
-            told = told + self.look(torch.cat(seen, 1))
-        if cond is not None and self.condition.table is not None:
-            told = self.condition(told.expand(len(cond), *told.shape[1:]), cond)
-        return nn.functional.silu(told)
+        return self.guide(cond, torch.cat(seen, 1) if seen else None, place)
 
     def forward(
-        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
     ) -> tuple[Tensor, Float[Tensor, "b 1 *positions"]]:
         """Noise, and the log density at every position, nats."""
         noise, ladj = self.chain(details, self.told(coarse, cond, context, place))
         return noise, log_normal(noise) + ladj
 
     def inverse(
-        self, noise: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+        self, noise: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
     ) -> Tensor:
         """Details from noise."""
         return self.chain.inverse(noise, self.told(coarse, cond, context, place))
 
     def initialise(
-        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor
+        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
     ) -> None:
         """ActNorm."""
         self.chain.initialise(details, self.told(coarse, cond, context, place))
 
 
-# -- windows -----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Window:
-    """A box of positions with the core that counts.
-
-    Args:
-        origin, size: of the box, margins included.
-        core: (first, last + 1) along each axis, in the whole's positions.
-    """
-
-    origin: tuple[int, ...]
-    size: tuple[int, ...]
-    core: tuple[tuple[int, int], ...]
-
-    @property
-    def index(self) -> tuple[slice, ...]:
-        """The box in (c, *whole)."""
-        return (slice(None), *(slice(o, o + n) for o, n in zip(self.origin, self.size, strict=True)))
-
-    @property
-    def core_in_whole(self) -> tuple[slice, ...]:
-        """The core in (b, c, *whole)."""
-        return (slice(None), slice(None), *(slice(first, last) for first, last in self.core))
-
-    @property
-    def core_in_window(self) -> tuple[slice, ...]:
-        """The core in (b, c, *box)."""
-        inside = (slice(f - o, e - o) for (f, e), o in zip(self.core, self.origin, strict=True))
-        return (slice(None), slice(None), *inside)
-
-
-def tiles(space: tuple[int, ...], tile: int, reach: int) -> Iterator[Window]:
-    """Boxes whose cores cover `space` once; margins of `reach` end at the border of the whole.
-
-    Where a margin would leave the scan there is none: networks pad there as they do for the whole scan.
-    """
-    for first in product(*[range(0, n, tile) for n in space]):
-        core = tuple((f, min(f + tile, n)) for f, n in zip(first, space, strict=True))
-        begin = tuple(max(0, f - reach) for f, _ in core)
-        end = tuple(min(n, e + reach) for (_, e), n in zip(core, space, strict=True))
-        yield Window(begin, tuple(e - b for b, e in zip(begin, end, strict=True)), core)
-
-
-def _drawn_window(space: tuple[int, ...], size: tuple[int, ...], reach: int) -> tuple[Window, Tensor]:
-    """A random box, and what each of its positions (1, *box) counts for.
-
-    A margin counts nothing, a core one over the chance of lying in a core, so that sums have no bias.
-    """
-    origin, core, weights = [], [], torch.ones(())
-    for n, count in zip(space, size, strict=True):
-        margin = reach if count < n else 0
-        starts = torch.arange(-margin, n - count + margin + 1).clamp(0, n - count)
-        firsts = torch.where(starts == 0, 0, starts + margin)
-        lasts = torch.where(starts == n - count, n, starts + count - margin)
-        at = torch.arange(n)
-        chance = ((at >= firsts[:, None]) & (at < lasts[:, None])).double().mean(0)
-        pick = int(torch.randint(len(starts), ()))
-        start, first, last = int(starts[pick]), int(firsts[pick]), int(lasts[pick])
-        line = torch.zeros(count, dtype=torch.float64)
-        line[first - start : last - start] = 1 / chance[first:last]
-        weights = weights[..., None] * line
-        origin.append(start)
-        core.append((first, last))
-    return Window(tuple(origin), tuple(size), tuple(core)), weights[None].float()
-
-
-def _cut(values: Tensor | None, window: Window) -> Tensor | None:
-    return None if values is None else values[(slice(None), *window.index)]
-
-
-__all__ = ["PyramidFlow", "Window", "tiles"]
+__all__ = ["PyramidFlow"]

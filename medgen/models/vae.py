@@ -317,4 +317,4 @@ def _prior(config: VAE.Config) -> "_VectorFlow | Flow | None":
     return Flow(Flow.Config(**fields, bits=0, levels=0, steps=config.prior.steps, width=config.prior.width))
 
 
-__all__ = ["VAE"]
+__all__ = ["VAE", "FlowPrior"]

@@ -5,8 +5,12 @@ from collections.abc import Sequence
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn import functional
 
-from medgen.nets.blocks import ConditionBias, channels_last, conv, squeezed
+from medgen.nets.blocks import ConditionBias, channels_last, conv
+
+# Slope below zero: networks this narrow would lose features for good to plain rectifiers.
+_LEAK = 0.05
 
 
 class Conditioner(nn.Module):
@@ -42,43 +46,61 @@ class Conditioner(nn.Module):
         hidden = kept.new_zeros(len(kept), 1, *kept.shape[2:]) if self.first is None else self.first(kept)
         if self.told is not None and given is not None:
             hidden = hidden + self.told(given)
-        hidden = self.middle(torch.relu_(hidden))
-        return self.last(torch.relu_(hidden))
+        hidden = self.middle(functional.leaky_relu_(hidden, _LEAK))
+        return self.last(functional.leaky_relu_(hidden, _LEAK))
 
 
 class Guide(nn.Module):
-    """What couplings are told besides the scan, as one feature map: condition, given image and place.
+    """What couplings are told besides the scan, as one feature map: condition, what is seen there, and place.
 
     Args:
         dims: 2 or 3.
         width: channels of the map.
         numbers: of a scan's condition, 0 for none.
-        context: channels of the given image, 0 for none.
-        block: voxels along each axis that become one position of this map.
-        place: positions along each axis, to learn a feature vector for each of them; None for none.
+        seen: channels of an image on the same positions, such as the coarser scan, 0 for none.
+        extent: positions of the training scans along each axis.
+        places: learn a feature vector for each place, at most so many along an axis, interpolated between; 0: none.
     """
 
     def __init__(
-        self, dims: int, width: int, *, numbers: int, context: int, block: Sequence[int], place: Sequence[int] | None
+        self, dims: int, width: int, *, numbers: int = 0, seen: int = 0, extent: Sequence[int], places: int = 0
     ) -> None:
         super().__init__()
-        self.block = tuple(block)
+        self.extent = tuple(extent)
         self.condition = ConditionBias(numbers, width)
-        size = context
-        for factor in self.block:
-            size *= factor
-        self.image = nn.Sequential(conv(dims, size, width), nn.SiLU(), conv(dims, width, width)) if context else None
-        self.place = nn.Parameter(0.1 * torch.randn(1, width, *place)) if place else None
+        self.look = nn.Sequential(conv(dims, seen, width), nn.SiLU(), conv(dims, width, width)) if seen else None
+        kept = [min(n, places) for n in extent]
+        self.places = nn.Parameter(0.1 * torch.randn(1, width, *kept)) if places else None
         self.start = nn.Parameter(torch.zeros(1, width, *[1] * dims))
+        self.reach = 2 if seen else 0
 
-    def forward(self, cond: Tensor | None, context: Tensor | None) -> Tensor:
+    def place(
+        self, origin: Sequence[int], size: Sequence[int], whole: Sequence[int]
+    ) -> Float[Tensor, "1 k *size"] | None:
+        """What has been learned of where positions lie, about the scan's centre; beyond training's extent, of its edge.
+
+        Args:
+            origin, size: of a box of positions.
+            whole: positions of the whole scan.
+        """
+        if self.places is None:
+            return None
+        lines = []
+        for start, count, extent, total in zip(origin, size, self.extent, whole, strict=True):
+            at = torch.arange(start, start + count, dtype=torch.float64) + 0.5 - total / 2
+            lines.append((2 * at / extent).to(self.places))
+        # grid_sample takes the last axis first.
+        grid = torch.stack(torch.meshgrid(*lines, indexing="ij")[::-1], -1)[None]
+        return functional.grid_sample(self.places, grid, padding_mode="border", align_corners=False)
+
+    def forward(self, cond: Tensor | None, seen: Tensor | None, place: Tensor | None) -> Tensor:
         """(b or 1, width, *positions or ones)."""
-        told = self.start if self.place is None else self.start + self.place
-        if self.image is not None and context is not None:
-            told = told + self.image(squeezed(context, self.block))
+        told = self.start if place is None else self.start + place
+        if self.look is not None and seen is not None:
+            told = told + self.look(seen)
         if cond is not None and self.condition.table is not None:
             told = self.condition(told.expand(len(cond), *told.shape[1:]), cond)
-        return torch.nn.functional.silu(told)
+        return functional.silu(told)
 
 
 __all__ = ["Conditioner", "Guide"]

@@ -230,7 +230,8 @@ class _Rebuilding(torch.autograd.Function):
         y, *told = ctx.saved_tensors
         given = told[0].detach().requires_grad_(ctx.given_needs) if told else None
         of_given = torch.zeros_like(given) if ctx.given_needs else None
-        found: dict[nn.Parameter, Tensor] = {}
+        # Made before the first of the large temporaries, between which they would keep the heap from shrinking.
+        found = {p: torch.zeros_like(p) for p in ctx.chain.parameters() if p.requires_grad}
         with torch.autocast(y.device.type, enabled=False):
             for step in reversed(ctx.chain.steps):
                 leaves, again, ladj = step.rebuilt(y, given)
@@ -241,7 +242,9 @@ class _Rebuilding(torch.autograd.Function):
                     outputs, weights = [again, ladj], [of_y, _summed_to(of_ladj, ladj.shape)]
                 grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
                 of_y = torch.cat([_or_zero(g, leaf) for g, leaf in zip(grads, leaves, strict=False)], 1)
-                found |= {p: g for p, g in zip(own, grads[len(leaves) :], strict=False) if g is not None}
+                for parameter, gradient in zip(own, grads[len(leaves) :], strict=False):
+                    if gradient is not None:
+                        found[parameter].add_(gradient)
                 if of_given is not None and grads[-1] is not None:
                     of_given += grads[-1]
                 y = torch.cat([leaf.detach() for leaf in leaves], 1)
