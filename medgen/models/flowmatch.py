@@ -199,7 +199,7 @@ class FlowMatch(Model):
 
     def _times(self, count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """A time from each of `count` equal parts of the chances, and the density of times there."""
-        chances = ((torch.rand(1) + torch.arange(count) / count) % 1).to(self._device)
+        chances = ((torch.rand(1) + torch.arange(count) / count) % 1).to(self._where)
         if self.config.times == "uniform":
             return chances, torch.ones_like(chances)
         if self.config.times == "emergence":
@@ -231,7 +231,7 @@ class FlowMatch(Model):
         """
         if guidance == 1 or (told.table is None and told.image is None):
             return self.path.mean_for(told.table), lambda y, time: self._velocities(y, time, told)[1]
-        without = told.where(torch.zeros(told.count, dtype=torch.bool, device=self._device))
+        without = told.where(torch.zeros(told.count, dtype=torch.bool, device=self._where))
         if guidance == 0:
             return self._guided(without, 1.0)
         mean, added = self._guided(told, 1.0)
@@ -265,7 +265,7 @@ class FlowMatch(Model):
         self, n: int, *, seed: int, cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "n c *space"]:
         """`n` scans; without `cond` and `context` like any of the training scans."""
-        size, device = self.config.micro_batch, self._device
+        size, device = self.config.micro_batch, self._where
         drawn = []
         for first in range(0, n, size):
             rows = torch.arange(first, first + size).clamp(max=n - 1)
@@ -365,7 +365,7 @@ class FlowMatch(Model):
         return (x * 2**bits - 0.5) / (2**bits - 1) if bits else x
 
     def _told(self, count: int, cond: Tensor | None = None, context: Tensor | None = None) -> Told:
-        config, device = self.config, self._device
+        config, device = self.config, self._where
         numbers = condition_table(
             cond, count, classes=len(config.classes), numbers=config.condition_width, device=device
         )
@@ -384,7 +384,7 @@ class FlowMatch(Model):
         return self.config.bits * log(2)
 
     @property
-    def _device(self) -> torch.device:
+    def _where(self) -> torch.device:
         return self.path.centre.device
 
 
