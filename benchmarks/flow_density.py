@@ -14,7 +14,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from densities import GreyScans, bits_per_dim, normals, stated
+from densities import GreyScans, bits_per_dim, nats, normals, stated, trained
 from measure import keep, table
 from PIL import Image
 
