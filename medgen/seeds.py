@@ -1,6 +1,8 @@
 """Randomness as an argument: seeds derived from integers, noise that depends on nothing else."""
 
 import hashlib
+import math
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -47,14 +49,15 @@ def voxel_uniform(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] 
     """
     import torch
 
-    dims = len(shape)
-    bits = _mixed(torch.full((1,) * (dims + 1), derived_seed(seed, 0), dtype=torch.int64))
-    starts = (0, *(origin or (0,) * dims))
-    for axis, (start, size) in enumerate(zip(starts, (channels, *shape), strict=True)):
-        place = torch.arange(start, start + size, dtype=torch.int64)
-        bits = _mixed(bits + _ODD * (place.reshape([-1 if a == axis else 1 for a in range(dims + 1)]) + 1))
-    # 23 bits: with 24 the largest value would be rounded to 1.
-    return ((bits >> 40).bitwise_and(2**23 - 1).to(torch.float32) + 0.5) / 2**23
+    starts, noise = origin or (0,) * len(shape), torch.empty(channels, *shape, dtype=torch.float32)
+    # Whole numbers take 64 bits each: of a large volume only some planes have theirs at a time.
+    planes = max(1, 2**18 // max(1, channels * math.prod(shape[1:])))
+    for first in range(0, shape[0], planes):
+        part = noise[:, first : first + planes]
+        # 23 bits: with 24 the largest value would be rounded to 1.
+        bits = _bits(part.shape, (0, starts[0] + first, *starts[1:]), seed) >> 40
+        part.copy_((bits.bitwise_and(2**23 - 1).to(torch.float32) + 0.5) / 2**23)
+    return noise
 
 
 def voxel_normal(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] = (), channels: int = 1) -> "Tensor":
@@ -68,6 +71,17 @@ def voxel_normal(shape: tuple[int, ...], *, seed: int, origin: tuple[int, ...] =
 # The golden ratio in 64 bits, and the finaliser's multipliers, as signed integers.
 _ODD = 0x9E3779B97F4A7C15 - 2**64
 _MULTIPLIERS = ((30, 0xBF58476D1CE4E5B9 - 2**64), (27, 0x94D049BB133111EB - 2**64))
+
+
+def _bits(shape: Sequence[int], starts: Sequence[int], seed: int) -> "Tensor":
+    """64 bits for every place of a box that begins at `starts`."""
+    import torch
+
+    bits = _mixed(torch.full((1,) * len(shape), derived_seed(seed, 0), dtype=torch.int64))
+    for axis, (start, size) in enumerate(zip(starts, shape, strict=True)):
+        place = torch.arange(start, start + size, dtype=torch.int64)
+        bits = _mixed(bits + _ODD * (place.reshape([-1 if a == axis else 1 for a in range(len(shape))]) + 1))
+    return bits
 
 
 def _mixed(bits: "Tensor") -> "Tensor":

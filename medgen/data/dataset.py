@@ -54,6 +54,11 @@ class Batch:
         moved = {name: getattr(self, name) for name in ("x", "cond", "context", "real")}
         return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
 
+    def first(self, count: int) -> "Batch":
+        """Its first scans alone."""
+        told = {name: getattr(self, name) for name in ("x", "cond", "context", "cases", "real")}
+        return replace(self, **{name: t[:count] for name, t in told.items() if t is not None})
+
 
 # -- random augmentation -------------------------------------------------------------------------
 

@@ -25,10 +25,11 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
-from medgen.errors import CapabilityError
+from medgen.errors import CapabilityError, DataError
 from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig
 from medgen.nets.blocks import from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
+from medgen.nets.told import require_context
 from medgen.prob.bijections import Chain, Coupling, CouplingName, Mix, MixingName
 from medgen.prob.dequantisation import dequantised, grey, log_normal, nats_a_level, quantised
 from medgen.prob.point import Point
@@ -37,6 +38,8 @@ from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 # Scans sampled together; always this many, so that sample i never depends on n.
 _MICRO_BATCH = {2: 16, 3: 1}
 _BINS = 8
+# Voxels that tell ActNorm where to start: enough, and no more memory than training takes.
+_VOXELS = 2**20
 # Channels of the feature map that couplings are told besides the scan.
 _GUIDE = 16
 
@@ -102,8 +105,12 @@ class Flow(Model):
             whole = [prod(factors) for factors in zip(*self.blocks, strict=True)]
             if any(n % factor for n, factor in zip(self.shape, whole, strict=True)):
                 raise ValueError(f"shape {self.shape} must be divisible by {tuple(whole)}")
-            if self.channels * prod(self.blocks[0]) < 2:
-                raise ValueError(f"shape {self.shape} leaves a coupling one channel; nothing can be kept and moved")
+            channels = self.channels
+            for factors in self.blocks:
+                channels *= prod(factors)
+                if channels < 2:
+                    raise ValueError(f"shape {self.shape} leaves a coupling one channel; nothing can be kept and moved")
+                channels -= channels // 2
             if self.dequantisation == "variational" and not self.bits:
                 raise ValueError("variational dequantisation needs bits: continuous data has no grey levels")
             return self
@@ -130,7 +137,7 @@ class Flow(Model):
         """Two to the number of levels; fewer along axes that `spacing` says are coarse."""
         levels = int(values.get("levels", cls.Config.model_fields["levels"].default))
         spacing = values.get("spacing")
-        if not spacing:
+        if not spacing or not levels:
             return 2**levels
         return tuple(prod(f) for f in zip(*squeezes(tuple(spacing), levels, (False,) * len(spacing)), strict=True))
 
@@ -151,7 +158,14 @@ class Flow(Model):
     def to_noise(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> tuple[list[Tensor], list[Tensor]]:
-        """Noise of every level, finest first, and each level's ladj map (b, 1, *positions)."""
+        """Noise of every level, finest first, and each level's ladj map (b, 1, *positions).
+
+        Raises:
+            DataError: the scans, or the images given with them, are not of the config's size.
+        """
+        expected, found = (self.config.channels, *self.config.shape), tuple(x.shape[1:])
+        if found != expected:
+            raise DataError(f"This flow takes scans {expected}, channels first; found {found}. Crop or pad them.")
         noises, ladjs = [], []
         for factors, chain, given in zip(self.config.blocks, self.chains, self._told(cond, context), strict=True):
             x, ladj = chain(squeezed(x, factors), given)
@@ -175,6 +189,7 @@ class Flow(Model):
 
     def _told(self, cond: Tensor | None, context: Tensor | None) -> list[Tensor | None]:
         """What couplings of every level are told."""
+        require_context(context, self.config.context, self.config.shape)
         told, block = [], (1,) * self.config.dims
         for factors, guide in zip(self.config.blocks, self.guides, strict=True):
             block = tuple(a * b for a, b in zip(block, factors, strict=True))
@@ -189,9 +204,10 @@ class Flow(Model):
 
     def initialise(self, batch: Batch) -> None:
         """ActNorm from what reaches it."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            x = dequantised(batch.x, torch.rand(batch.x.shape).to(batch.x), self.config.bits)
+        batch = batch.first(max(2, _VOXELS // prod(self.config.shape)))
+        with torch.no_grad():
+            u = torch.rand(batch.x.shape, generator=torch.Generator().manual_seed(0)).to(batch.x)
+            x = dequantised(batch.x, u, self.config.bits)
             told = self._told(batch.cond, batch.context)
             for factors, chain, given in zip(self.config.blocks, self.chains, told, strict=True):
                 x = chain.initialise(squeezed(x, factors), given)
@@ -200,7 +216,7 @@ class Flow(Model):
     def forward(self, batch: Batch, player: str = "model") -> Loss:
         """The negative log density, nats a scan."""
         if self.noise is None:
-            u, ladj = torch.rand_like(batch.x), None
+            u, ladj = torch.rand_like(batch.x) if self.config.bits else batch.x, None
         else:
             u, ladj = self.noise(grey(batch.x, self.config.bits), torch.randn_like(batch.x))
         terms = {f"level {n}": -part.flatten(1).sum(1) for n, part in enumerate(self._parts(batch, u))}
@@ -231,7 +247,7 @@ class Flow(Model):
     def elbo(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, " b"]:
-        """A lower bound of log P(x) over grey values, nats.
+        """A lower bound of log P(x) over grey values, nats, by one draw of the noise, which is always the same.
 
         Raises:
             CapabilityError: the dequantisation is uniform, so that there is an exact density (`log_prob`).

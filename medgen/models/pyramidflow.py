@@ -21,17 +21,20 @@ from pydantic import Field, model_validator
 from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
-from medgen.errors import DataError
+from medgen.errors import CapabilityError, DataError
 from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player
 from medgen.nets.blocks import channels_last, from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.haar import haar, haar_ladj, unhaar
+from medgen.nets.told import require_context
 from medgen.nets.windows import Window, cut, drawn_window, tiles
 from medgen.prob.bijections import Chain, Coupling, Mix
 from medgen.prob.dequantisation import dequantised, log_normal, nats_a_level, quantised
 from medgen.seeds import derived_seed, voxel_normal, voxel_uniform
 
 _BINS = 8
+# Positions that tell ActNorm where to start: enough, and no more memory than training takes.
+_VOXELS = 2**20
 # Channels of the feature map that couplings are told besides the details.
 _GUIDE = 32
 
@@ -135,39 +138,42 @@ class PyramidFlow(Model):
     def forward(self, batch: Batch, player: str = "level 0") -> Loss:
         """The negative log density of one level, nats a scan, estimated without bias from a patch of each scan."""
         number = int(player.removeprefix("level "))
-        level = self.levels[number]
         x = dequantised(batch.x, torch.rand_like(batch.x), self.config.bits)
+        told, weights, positions = self._patches(x, batch, number)
+        part = self.levels[number](*told)[1]
+        nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * positions
+        return Loss(nats, {player: nats})
+
+    def _patches(self, x: Tensor, batch: Batch, number: int) -> tuple[tuple[Tensor | None, ...], Tensor, int]:
+        """What a level sees of a random patch of each scan, what its positions count for, and how many a scan has."""
+        require_context(batch.context, self.config.context, x.shape[2:])
+        level = self.levels[number]
         details, coarse, context = self._at(x, batch.context, number)
-        size = tuple(min(self.config.patch, n) for n in details.shape[2:])
-        drawn = [drawn_window(tuple(details.shape[2:]), size, level.reach) for _ in range(len(x))]
+        space = tuple(details.shape[2:])
+        size = tuple(min(self.config.patch, n) for n in space)
+        drawn = [drawn_window(space, size, level.reach) for _ in range(len(x))]
         windows = [window for window, _ in drawn]
 
         def each(values: Tensor | None) -> Tensor | None:
             return None if values is None else torch.stack([v[w.index] for v, w in zip(values, windows, strict=True)])
 
-        places = [level.guide.place(w.origin, size, tuple(details.shape[2:])) for w in windows]
+        places = [level.guide.place(w.origin, size, space) for w in windows]
         place = None if places[0] is None else torch.cat(places)
-        part = level(each(details), each(coarse), batch.cond, each(context), place)[1]
         weights = torch.stack([weight for _, weight in drawn]).to(x)
-        nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * prod(details.shape[2:])
-        return Loss(nats, {player: nats})
+        return (each(details), each(coarse), batch.cond, each(context), place), weights, prod(space)
 
     def validation_loss(self, batch: Batch) -> Float[Tensor, " b"]:
         """The negative log density of whole scans, all levels together."""
         return -self.log_prob(batch.x, batch.cond, batch.context)
 
     def initialise(self, batch: Batch) -> None:
-        """ActNorm of every level from what reaches it."""
+        """ActNorm of every level from what reaches it on patches, as in training."""
+        batch = batch.first(max(2, _VOXELS // min(prod(batch.x.shape[2:]), self.config.patch**self.config.dims)))
         with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            u = torch.rand(batch.x.shape).to(batch.x)
+            torch.default_generator.manual_seed(0)
+            x = dequantised(batch.x, torch.rand(batch.x.shape).to(batch.x), self.config.bits)
             for number, level in enumerate(self.levels):
-                x = dequantised(batch.x, u, self.config.bits)
-                details, coarse, context = self._at(x, batch.context, number)
-                space = tuple(details.shape[2:])
-                level.initialise(
-                    details, coarse, batch.cond, context, level.guide.place((0,) * len(space), space, space).to(x)
-                )
+                level.initialise(*self._patches(x, batch, number)[0])
 
     def _at(self, x: Tensor, context: Tensor | None, number: int) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """A level's details, the coarser scan they are told, and the given image on their positions."""
@@ -199,7 +205,11 @@ class PyramidFlow(Model):
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "b 1 *space"]:
         """Each voxel's part of the log density, nats, all scales together."""
-        return torch.stack(self.log_prob_maps(x, cond, context)).sum(0)
+        space = tuple(x.shape[2:])
+        found = x.new_zeros(len(x), 1, *space)
+        for part in self.level_maps(x, cond, context):
+            found += spread(part, space)
+        return found
 
     def log_prob_maps(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
@@ -214,9 +224,9 @@ class PyramidFlow(Model):
         """The log density of every level on its own positions, computed tile by tile, nats.
 
         Raises:
-            DataError: the scan's axes are not divisible by the pyramid's factors.
+            DataError: the scan's axes are not divisible by the pyramid's factors, or `context` is not of its size.
         """
-        self._check(tuple(x.shape[2:]))
+        self._check(tuple(x.shape[2:]), context)
         u = voxel_uniform(tuple(x.shape[2:]), seed=0, channels=x.shape[1]).to(x)
         x = dequantised(x, u[None].expand_as(x), self.config.bits)
         found = []
@@ -237,7 +247,8 @@ class PyramidFlow(Model):
             out[window.core_in_whole] = of(window)[window.core_in_window]
         return out
 
-    def _check(self, space: tuple[int, ...]) -> None:
+    def _check(self, space: tuple[int, ...], context: Tensor | None) -> None:
+        require_context(context, self.config.context, space)
         if any(n % factor for n, factor in zip(space, self.config.whole, strict=True)):
             raise DataError(
                 f"A pyramid flow of {self.config.levels} levels takes scans whose axes are divisible by "
@@ -261,10 +272,10 @@ class PyramidFlow(Model):
             shape: voxels along each axis; the training scans' by default.
 
         Raises:
-            DataError: `shape` is not divisible by the pyramid's factors.
+            DataError: `shape` is not divisible by the pyramid's factors, or `context` is not of it.
         """
         space = shape or self.config.shape
-        self._check(tuple(space))
+        self._check(tuple(space), context)
         top = tuple(size // factor for size, factor in zip(space, self.config.whole, strict=True))
         drawn = []
         for i in range(n):
@@ -286,7 +297,17 @@ class PyramidFlow(Model):
             seed: row i depends on (seed, i).
             levels: scales to add, at most the pyramid's.
             cond, context: as for `sample`; context at the finest scale.
+
+        Raises:
+            CapabilityError: the pyramid has fewer levels.
+            DataError: `context` is not of the finest scale.
         """
+        if not 1 <= levels <= self.config.levels:
+            raise CapabilityError(f"This pyramid flow adds 1 to {self.config.levels} scales; asked for {levels}.")
+        factors = [prod(block) for block in zip(*self.config.blocks[:levels], strict=True)]
+        space = tuple(n * factor for n, factor in zip(coarse.shape[2:], factors, strict=True))
+        require_context(context, self.config.context, space)
+        coarse = coarse.to(next(self.parameters()).device)
         half = 0.5 / 2**self.config.bits if self.config.bits else 0.0
         scale = (2**self.config.bits - 1) / 2**self.config.bits if self.config.bits else 1.0
         drawn = []
@@ -307,7 +328,7 @@ class PyramidFlow(Model):
     ) -> Tensor:  # fmt: skip
         """One level's details for one scan, given the coarser one."""
         level, device = self.levels[number], next(self.parameters()).device
-        given = None if context is None else self._at(context, context, number)[2]
+        given = None if context is None else self._at(context, context.to(device), number)[2]
         cond = None if cond is None else cond.to(device)
 
         def drawn(window: Window) -> Tensor:

@@ -216,7 +216,10 @@ class VAE(Model):
             output = self.decode(self.encode(batch.x, batch.cond).mean, batch.cond).mean
             self.slow_log_scale.copy_(best_log_scale(self.config.likelihood, batch.x, output) / 10)
             if isinstance(self.prior, Flow):
-                self.prior.initialise(Batch(self.encode(batch.x, batch.cond).mean, batch.cond))
+                # As training will see them: the means of codes that tell nothing have no spread to be normalised by.
+                posterior = self.encode(batch.x, batch.cond)
+                noise = seeded_noise(tuple(posterior.mean.shape), seed=0).to(posterior.mean)
+                self.prior.initialise(Batch(posterior.mean + posterior.stddev * noise, batch.cond))
 
     def finalise(self, batches: Iterable[Batch]) -> None:
         """Fit the Gaussian field that sampling draws codes from."""

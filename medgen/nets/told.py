@@ -7,6 +7,8 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from medgen.errors import DataError
+
 
 @dataclass(frozen=True)
 class Told:
@@ -54,8 +56,27 @@ def context_image(
     return image
 
 
+def require_context(context: Tensor | None, channels: int, space: Sequence[int]) -> None:
+    """Refuse a given image that is not what a model was made for, or that is missing.
+
+    Args:
+        context: (b, channels, *space); None where `channels` is 0.
+        channels, space: what it must have.
+
+    Raises:
+        DataError: it has not.
+    """
+    expected = (channels, *space) if channels else None
+    found = None if context is None else tuple(context.shape[1:])
+    if found != expected:
+        raise DataError(
+            f"With every scan this model is given {f'an image {expected}' if expected else 'no image'} as context; "
+            f"found {found or 'none'}. Pass what it was trained with."
+        )
+
+
 def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(-1, *[1] * (like.ndim - 1))
 
 
-__all__ = ["Told", "condition_table", "context_image"]
+__all__ = ["Told", "condition_table", "context_image", "require_context"]

@@ -13,6 +13,7 @@ from typing import Any, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from zuko.transforms import MonotonicRQSTransform
 
 CouplingName = Literal["additive", "affine", "spline"]
@@ -57,7 +58,8 @@ class Mix(nn.Module):
         """Make every channel of this batch zero mean and unit variance before mixing."""
         rows = x.movedim(1, 0).flatten(1)
         self.shift.data.copy_(-rows.mean(1))
-        self.log_scale.data.copy_(-rows.std(1).clamp(min=1e-4).log())
+        if rows.shape[1] > 1:  # one number has no spread to be told
+            self.log_scale.data.copy_(-rows.std(1).clamp(min=1e-4).log())
 
     def weight(self) -> Float[Tensor, "c c"]:
         """W."""
@@ -162,10 +164,23 @@ class Coupling(nn.Module):
             return (y - shift) * (-log_scale).exp()
         return self._spline(told).inv(y)
 
-    def _spline(self, told: Tensor) -> MonotonicRQSTransform:
+    def _spline(self, told: Tensor) -> "_Spline":
         """Widths, heights and inner slopes of every moved element, bin last."""
         rows = told.unflatten(1, (-1, 3 * self.bins - 1)).movedim(2, -1)
-        return MonotonicRQSTransform(*rows.split([self.bins, self.bins, self.bins - 1], -1), bound=_BOUND)
+        return _Spline(*rows.split([self.bins, self.bins, self.bins - 1], -1), bound=_BOUND)
+
+
+class _Spline(MonotonicRQSTransform):
+    """zuko's spline; its own inverse is not a number where rounding makes the root's argument negative."""
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        """Durkan et al. 2019, equations 29 to 32."""
+        inside, x0, x1, y0, y1, d0, d1, s = self.bin(self.searchsorted(self.vertical, y) - 1)
+        rise = inside * (y - y0)
+        bend = rise * (d0 + d1 - 2 * s)
+        a, b, c = (y1 - y0) * (s - d0) + bend, (y1 - y0) * d0 - bend, -s * rise
+        root = (b.square() - 4 * a * c).clamp(min=0).sqrt()
+        return torch.where(inside, x0 - 2 * c / (b + root) * (x1 - x0), y)
 
 
 class Chain(nn.Module):
@@ -225,6 +240,7 @@ class _Rebuilding(torch.autograd.Function):
         return y, ladj
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         of_y, of_ladj = gradients
         y, *told = ctx.saved_tensors
@@ -239,7 +255,7 @@ class _Rebuilding(torch.autograd.Function):
                 wanted = [*leaves, *own, *([given] if ctx.given_needs else [])]
                 outputs, weights = [again], [of_y]
                 if ladj.requires_grad:
-                    outputs, weights = [again, ladj], [of_y, _summed_to(of_ladj, ladj.shape)]
+                    outputs, weights = [again, ladj], [of_y, of_ladj.sum_to_size(ladj.shape)]
                 grads = torch.autograd.grad(outputs, wanted, weights, allow_unused=True)
                 of_y = torch.cat([_or_zero(g, leaf) for g, leaf in zip(grads, leaves, strict=False)], 1)
                 for parameter, gradient in zip(own, grads[len(leaves) :], strict=False):
@@ -255,18 +271,15 @@ def _or_zero(gradient: Tensor | None, leaf: Tensor) -> Tensor:
     return torch.zeros_like(leaf) if gradient is None else gradient
 
 
-def _summed_to(gradient: Tensor, shape: torch.Size) -> Tensor:
-    """The gradient of something that was broadcast."""
-    return gradient.sum_to_size(shape)
-
-
 def _shift_and_log_scale(told: Tensor) -> tuple[Tensor, Tensor]:
     shift, raw = told.chunk(2, 1)
     return shift, 2 * torch.tanh(raw / 2)
 
 
 def _pointwise(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """A 1x1 convolution."""
+    """W x + b at every position; off the CPU as a product of matrices, since GPUs convolve with ten bits (TF32)."""
+    if x.device.type != "cpu":
+        return torch.baddbmm(bias[:, None], weight.expand(len(x), -1, -1), x.flatten(2)).reshape(x.shape)
     convolve = nn.functional.conv2d if x.ndim == 4 else nn.functional.conv3d
     return convolve(x, weight.reshape(*weight.shape, *[1] * (x.ndim - 2)), bias)
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 def grey(x: Tensor, bits: int) -> Tensor:
-    """Whole grey values 0 to 2^bits - 1 of x on [0, 1]."""
+    """Whole grey values 0 to 2^bits - 1 of x on [0, 1]; values beyond count as its ends, NaN stays NaN."""
     return (x.clamp(0, 1) * (2**bits - 1)).round()
 
 
