@@ -18,7 +18,7 @@ from lightning_fabric.plugins import MixedPrecision
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from medgen.data.dataset import Augment, Batch, Draws, ScanDataset, loader
+from medgen.data.dataset import Augment, Batch, Draws, ScanDataset, collate, loader
 from medgen.errors import TrainingError
 from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
@@ -320,6 +320,7 @@ def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfi
                 total = module(batch, player.name).total.mean() / batch.x[0].numel()
             fabric.backward(total)
         optimizer.step()
+        float(total.detach())  # a GPU computes behind our back: wait for it
         timings.append(time.monotonic() - begun)
     seconds = min(timings[1:]) / len(batch.x)
     return max(config.batch_size, int(minutes * 60 / seconds)), seconds
@@ -341,10 +342,8 @@ def check_finite(loss: Loss, player: Player, seen: int) -> None:
 
 
 def _first(dataset: ScanDataset, count: int) -> Batch:
-    """Up to `count` scans; small sets are repeated so that the batch has a full size."""
-    from medgen.data.dataset import collate
-
-    return collate([dataset[n % len(dataset)] for n in range(min(count, len(dataset)) if count > 1 else 1)])
+    """Up to `count` scans."""
+    return collate([dataset[n] for n in range(min(count, len(dataset)))])
 
 
 def _active(player: Player, seen: int, step: int) -> bool:
