@@ -242,6 +242,10 @@ def test_every_declared_ability_works_and_repeats(values, dims, channels, classe
     for ability, method in (("scores_density", "log_prob"), ("bounds_density", "elbo")):
         if ability in can:
             assert twice(lambda method=method: getattr(model, method)(x, cond)).shape == (BATCH,)
+    if "estimates_density" in can:
+        both = twice(lambda: torch.stack(model.log_prob_estimate(x, cond, seed=2)))
+        assert both.shape == (2, BATCH)
+        assert bool((both[1] >= 0).all())
     if "maps_density" in can:
         density = twice(lambda: model.log_prob_map(x, cond))
         assert density.shape == (BATCH, 1, *x.shape[2:])
@@ -313,6 +317,9 @@ def test_a_sample_shows_its_class(values, dims):
 def test_what_is_computed_of_a_scan_does_not_depend_on_its_place_in_the_batch(values, dims):
     model = made(values, dims)
     x, turned = batch_for(model.config).x, [2, 0, 1]
+    if "estimates_density" in of(model):
+        expected = torch.stack(model.log_prob_estimate(x))[:, turned]
+        assert torch.allclose(torch.stack(model.log_prob_estimate(x[turned])), expected, rtol=1e-3, atol=1e-2)
     for ability, method in (
         ("reconstructs", "reconstruct"),
         ("bounds_density", "elbo"),

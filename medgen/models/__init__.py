@@ -12,6 +12,7 @@ if TYPE_CHECKING:
 FAMILIES = {
     "flow": "medgen.models.flow:Flow",
     "flowmatch": "medgen.models.flowmatch:FlowMatch",
+    "latentflowmatch": "medgen.models.latentflowmatch:LatentFlowMatch",
     "pyramidflow": "medgen.models.pyramidflow:PyramidFlow",
     "vae": "medgen.models.vae:VAE",
 }

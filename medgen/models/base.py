@@ -79,15 +79,16 @@ class Loss:
 
 @dataclass(frozen=True)
 class Player:
-    """A set of parameters trained together, and when, in images seen.
+    """A set of parameters trained together, and when: in images seen, or below 1 as a part of the run.
 
-    Overlapping spans train in turn (a GAN); consecutive spans are stages. `until` None: to the end.
+    Overlapping spans train in turn (a GAN); consecutive spans are stages, each of which goes on from the best weights
+    of the one before. `until` None: to the end.
     """
 
     name: str
     parameters: tuple[nn.Parameter, ...]
-    since: int = 0
-    until: int | None = None
+    since: float = 0
+    until: float | None = None
     every: int = 1
 
 
@@ -122,6 +123,9 @@ class Model(nn.Module):
 
     def initialise(self, batch: Batch) -> None:
         """Data-dependent initialisation, once, before training."""
+
+    def begin(self, player: str, batch: Batch) -> None:
+        """Data-dependent initialisation of a player whose time begins after others'."""
 
     def finalise(self, batches: Iterable[Batch]) -> None:
         """What is fitted in closed form after training, such as a prior over codes."""

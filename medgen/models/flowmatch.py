@@ -18,7 +18,7 @@ scans did (classifier-free guidance, Ho & Salimans 2022).
 """
 
 from collections.abc import Callable, Iterator
-from math import ceil, log, pi, prod
+from math import ceil, pi, prod
 from typing import Any, Literal
 
 import torch
@@ -29,10 +29,11 @@ from torch import Tensor
 from medgen.data.dataset import Batch
 from medgen.errors import ConfigError, DataError
 from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig
-from medgen.nets.told import Told, condition_table, context_image
+from medgen.nets.told import Told, condition_table, context_image, require_context
 from medgen.nets.unet import UNet
+from medgen.prob.dequantisation import dequantised, nats_a_level, quantised
 from medgen.prob.gaussian import GaussianPath
-from medgen.prob.ode import EULER, HEUN, State, integrate, integrate_adaptively, rademacher, traces
+from medgen.prob.ode import EULER, HEUN, State, integrate, integrate_adaptively, lattice_probes, traces
 from medgen.prob.transport import optimal_assignment
 from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 
@@ -60,7 +61,8 @@ class FlowFields(BaseModel):
         steps: of the fixed methods, from noise to scan.
         tolerance: of the adaptive method, which densities always take.
         guidance: weight of the condition in samples: 0 leaves it out, 1 follows the scans, more exaggerates.
-        probes: of the divergence in a density; 0 for the exact one, at one network evaluation a voxel.
+        probes: of the divergence in a density, on each lattice; 0 for the exact one, at one gradient a voxel.
+        lattice: voxels between neighbours under one probe; there are lattice**dims times as many probes.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -76,9 +78,10 @@ class FlowFields(BaseModel):
     drop: float = Field(default=0.1, ge=0, lt=1)
     method: Literal["heun", "euler", "adaptive"] = "heun"
     steps: int = Field(default=16, ge=1)
-    tolerance: float = Field(default=1e-3, gt=0, lt=1)
+    tolerance: float = Field(default=1e-2, gt=0, lt=1)
     guidance: float = Field(default=1.0, ge=0)
-    probes: int = Field(default=4, ge=0)
+    probes: int = Field(default=2, ge=0)
+    lattice: int = Field(default=1, ge=1, le=8)
 
     @model_validator(mode="after")
     def _known_error(self) -> "FlowFields":
@@ -161,10 +164,9 @@ class FlowMatch(Model):
 
     def initialise(self, batch: Batch) -> None:
         """The Gaussian field of the scans, in closed form."""
-        with torch.no_grad(), torch.random.fork_rng(devices=[]):
-            torch.manual_seed(0)
-            x = self._continuous(batch.x, torch.rand(batch.x.shape).to(batch.x))
-            self.path.fit(x, self._told(len(x), batch.cond).table)
+        u = torch.rand(batch.x.shape, generator=torch.Generator().manual_seed(0)).to(batch.x)
+        x = dequantised(batch.x, u, self.config.bits)
+        self.path.fit(x, self._told(len(x), batch.cond).table)
 
     def forward(self, batch: Batch, player: str = "model") -> Loss:
         """A bound of the negative log density, nats a scan; or half the velocity's squared error.
@@ -178,7 +180,7 @@ class FlowMatch(Model):
         density as weight.
         """
         config, count = self.config, len(batch.x)
-        y = self.path.standardised(self._continuous(batch.x, torch.rand_like(batch.x)))
+        y = self.path.standardised(dequantised(batch.x, torch.rand_like(batch.x), config.bits))
         noise, told = torch.randn_like(y), self._told(count, batch.cond, batch.context)
         if config.coupling == "optimal" and told.image is None:
             noise = noise[optimal_assignment(noise, y, told.table)]
@@ -194,7 +196,7 @@ class FlowMatch(Model):
         weight = time / ((1 - time) * density).clamp(min=1e-12)
         gained = weight * (error - missed.square().flatten(1).sum(1))
         w = self.path.whiten(y, torch.ones_like(time), self.path.mean_for(told.table))
-        gaussian = self._nats_a_level * y[0].numel() - self.path.log_prob(w)
+        gaussian = nats_a_level(config.bits) * y[0].numel() - self.path.log_prob(w)
         return Loss(gaussian + gained, {"gaussian": gaussian, "network": gained})
 
     def _times(self, count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
@@ -243,7 +245,7 @@ class FlowMatch(Model):
         return torch.lerp(mean_without.expand_as(mean), mean, guidance), mixed
 
     def _follow(self, y: Tensor, since: float, told: Told) -> Tensor:
-        """Standardised scans at time 1, from `y` at time `since`."""
+        """Scans at time 1, from standardised ones at time `since`."""
         config, path = self.config, self.path
         mean, added = self._guided(told, config.guidance)
 
@@ -256,7 +258,7 @@ class FlowMatch(Model):
         else:
             times = torch.linspace(since, 1.0, max(1, ceil(config.steps * (1 - since))) + 1, device=y.device)
             state = integrate(rate, state, times, HEUN if config.method == "heun" else EULER)
-        return path.colour(state[0], y.new_ones(len(y)), mean)
+        return quantised(path.scan(path.colour(state[0], y.new_ones(len(y)), mean)), config.bits)
 
     # -- abilities -----------------------------------------------------------------------------------
 
@@ -272,7 +274,7 @@ class FlowMatch(Model):
             given = [None if part is None else part[rows.to(part.device)].to(device) for part in (cond, context)]
             shape = (size, self.config.channels, *self.config.shape)
             noise = seeded_noise(shape, seed=derived_seed(seed, 1), first=first).to(device)
-            drawn.append(self._scan(self._follow(noise, 0.0, self._told(size, *given)))[: n - first])
+            drawn.append(self._follow(noise, 0.0, self._told(size, *given))[: n - first])
         return torch.cat(drawn)
 
     @torch.no_grad()
@@ -287,19 +289,17 @@ class FlowMatch(Model):
 
         Raises:
             ConfigError: `strength` is not between 0 and 1.
-            DataError: a voxel is not finite.
+            DataError: a voxel is not finite, or the scans or given images are not of the config's size.
         """
         if not 0 <= strength <= 1:
             raise ConfigError(f"restore: strength lies between 0 (unchanged) and 1 (a new scan), not {strength}.")
-        _check_finite(x)
+        self._check(x)
         if strength == 0:
             return x.clone()
         noise = seeded_noise((1, *x.shape[1:]), seed=derived_seed(seed, 3)).to(x.device)
-        restored = []
-        for part, told in self._parts(x, cond, context):
-            y = strength * noise + (1 - strength) * self.path.standardised(self._continuous(part))
-            restored.append(self._scan(self._follow(y, 1 - strength, told)))
-        return torch.cat(restored)
+        y = self.path.standardised(dequantised(x, torch.full_like(x, 0.5), self.config.bits))
+        mixed = strength * noise + (1 - strength) * y
+        return torch.cat([self._follow(y, 1 - strength, told) for y, told in self._parts(mixed, cond, context)])
 
     @torch.no_grad()
     def log_prob_estimate(
@@ -312,60 +312,47 @@ class FlowMatch(Model):
 
         Raises:
             ConfigError: the velocity cannot be followed to the config's tolerance.
-            DataError: a voxel is not finite.
+            DataError: a voxel is not finite, or the scans or given images are not of the config's size.
         """
-        _check_finite(x)
+        self._check(x)
         u = voxel_uniform(tuple(x.shape[2:]), seed=seed, channels=x.shape[1]).to(x)
         probes = self._probes(derived_seed(seed, 2)).to(x)
-        found = [
-            self._log_densities(self.path.standardised(self._continuous(part, u)), told, probes)
-            for part, told in self._parts(x, cond, context)
-        ]
-        densities = torch.cat(found) - self._nats_a_level * x[0].numel()
-        count = densities.shape[1]
-        error = densities.std(1) / count**0.5 if count > 1 else torch.zeros_like(densities[:, 0])
-        return densities.mean(1), error
+        y = self.path.standardised(dequantised(x, u, self.config.bits))
+        found = [self._log_densities(part, told, probes) for part, told in self._parts(y, cond, context)]
+        base, changes = (torch.cat(parts) for parts in zip(*found, strict=True))
+        log_p = base - nats_a_level(self.config.bits) * x[0].numel() + changes.mean(1).sum(1)
+        repeats = changes.shape[1]
+        error = (changes.var(1).sum(1) / repeats).sqrt() if self.config.probes else torch.zeros_like(log_p)
+        return log_p, error
 
-    def _log_densities(self, y: Tensor, told: Told, probes: Tensor) -> Float[Tensor, "b k"]:
-        """log p(x) of standardised scans by each probe, or in one column where they are the identity."""
-        path, exact = self.path, self.config.probes == 0
-        mean, added = self._guided(told, 1.0)
+    def _log_densities(self, y: Tensor, told: Told, probes: Tensor) -> tuple[Tensor, Tensor]:
+        """Of standardised scans: log p(x) were volumes kept, and how much they change, by repeat and lattice."""
+        path, mean, (repeats, lattices) = self.path, self.path.mean_for(told.table), probes.shape[:2]
 
         def rate(state: State, time: Tensor) -> State:
             with torch.enable_grad():
                 y_t = path.colour(state[0], time, mean).detach().requires_grad_()
-                more = added(y_t, time)
-            parts = traces(more, y_t, probes)
-            return path.carried(more.detach(), time), parts.sum(1, keepdim=True) if exact else parts
+                added = self._velocities(y_t, time, told)[1]
+            parts = traces(added, y_t, probes.flatten(0, 1)).reshape(len(y), repeats, lattices)
+            return path.carried(added.detach(), time), parts if self.config.probes else parts.sum(2, keepdim=True)
 
         w = path.whiten(y, y.new_ones(len(y)), mean)
-        gathered = y.new_zeros(len(y), 1 if exact else len(probes))
+        gathered = y.new_zeros(len(y), repeats, lattices if self.config.probes else 1)
         w, gathered = integrate_adaptively(rate, (w, gathered), 1.0, 0.0, tolerance=self.config.tolerance)
-        return path.log_prob(w)[:, None] + gathered
+        return path.log_prob(w), gathered
 
-    def _probes(self, seed: int) -> Float[Tensor, "k c *space"]:
-        shape = (self.config.channels, *self.config.shape)
-        if self.config.probes:
-            return rademacher((self.config.probes, *shape), seed=seed)
-        return torch.eye(prod(shape)).reshape(-1, *shape)
+    def _probes(self, seed: int) -> Float[Tensor, "repeats lattices c *space"]:
+        config, shape = self.config, (self.config.channels, *self.config.shape)
+        if config.probes:
+            return lattice_probes(shape, repeats=config.probes, stride=config.lattice, seed=seed)
+        return torch.eye(prod(shape)).reshape(1, -1, *shape)
 
-    # -- scans and conditions ------------------------------------------------------------------------
-
-    def _continuous(self, x: Tensor, u: Tensor | None = None) -> Tensor:
-        """(round(x (2^bits - 1)) + u) / 2^bits; without u unrounded, and in the middle of the grey level."""
-        bits = self.config.bits
-        if not bits:
-            return x
-        grey = x * (2**bits - 1)
-        return (grey + 0.5) / 2**bits if u is None else (grey.clamp(0, 2**bits - 1).round() + u) / 2**bits
-
-    def _scan(self, y: Tensor) -> Tensor:
-        """The scan of standardised values."""
-        x, bits = self.path.scan(y), self.config.bits
-        return (x * 2**bits - 0.5) / (2**bits - 1) if bits else x
+    # -- conditions ------------------------------------------------------------------------
 
     def _told(self, count: int, cond: Tensor | None = None, context: Tensor | None = None) -> Told:
         config, device = self.config, self._where
+        if context is not None:
+            require_context(context, config.context, config.shape)
         numbers = condition_table(
             cond, count, classes=len(config.classes), numbers=config.condition_width, device=device
         )
@@ -379,9 +366,14 @@ class FlowMatch(Model):
             given = (None if part is None else part[first : first + size] for part in (cond, context))
             yield x[first : first + size], self._told(len(x[first : first + size]), *given)
 
-    @property
-    def _nats_a_level(self) -> float:
-        return self.config.bits * log(2)
+    def _check(self, x: Tensor) -> None:
+        expected, found = (self.config.channels, *self.config.shape), tuple(x.shape[1:])
+        if found != expected:
+            raise DataError(f"This model takes scans {expected}, channels first; found {found}. Crop or pad them.")
+        if not bool(torch.isfinite(x).all()):
+            raise DataError(
+                "Every voxel must be a finite number; some are NaN or infinite. Mend or leave out the scan."
+            )
 
     @property
     def _where(self) -> torch.device:
@@ -390,11 +382,6 @@ class FlowMatch(Model):
 
 def _over(rows: Tensor, like: Tensor) -> Tensor:
     return rows.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def _check_finite(x: Tensor) -> None:
-    if not bool(torch.isfinite(x).all()):
-        raise DataError("Every voxel must be a finite number; some are NaN or infinite. Mend or leave out the scan.")
 
 
 __all__ = ["FlowFields", "FlowMatch"]

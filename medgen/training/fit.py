@@ -24,6 +24,7 @@ from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
 from medgen.seeds import derived_seed
 from medgen.training.ema import MovingAverage
+from medgen.training.spans import active, last_stage, placed, schedule, stage
 from medgen.training.state import Progress, load_state, optimizer_tensors, restore_optimizer, save_state
 
 # Which stream of randomness a seed is for; the numbers are arbitrary and fixed.
@@ -128,7 +129,7 @@ class _Run:
         if saved is None:
             model.to(self.fabric.device)
             model.initialise(_first(train, 64).to(self.fabric.device))
-        self.players = model.players()
+        self.players = placed(model.players(), config.images, config.batch_size)
         optimizers = [
             torch.optim.AdamW(
                 p.parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
@@ -161,6 +162,8 @@ class _Run:
                 if done.seen // every > before // every or done.seen >= config.images:
                     self._validate(loss)
                     self._watch_clock(before_this + time.monotonic() - began, seconds)
+                if not done.finished and stage(self.players, before) != stage(self.players, done.seen):
+                    self._begin_stage(before, loss)
                 bar.advance(config.batch_size, f"loss {loss:.4g}")
                 clock = time.monotonic()
                 if self.folder and (interrupted.is_set() or clock - saved_at > 60):
@@ -185,12 +188,12 @@ class _Run:
         """One update of every active player; returns the first one's loss, nats a voxel."""
         config, seen, shown = self.config, self.progress.seen, []
         self.model.train()
-        rate = config.learning_rate * _schedule(seen, config)
         for player, optimizer in zip(self.players, self.optimizers, strict=True):
-            if not _active(player, seen, config.batch_size):
+            if not active(player, seen, config.batch_size):
                 continue
+            rate = schedule(player, seen, config.images, config.warmup, config.batch_size)
             for group in optimizer.param_groups:
-                group["lr"] = rate
+                group["lr"] = rate * config.learning_rate
             with _seeded(derived_seed(self.seed, _NOISE, seen, self.fabric.global_rank), self.fabric.device):
                 loss: Loss = self.module(batch, player.name)
             check_finite(loss, player, seen)
@@ -211,9 +214,24 @@ class _Run:
             self.best = {name: tensor.clone() for name, tensor in self.average.weights.items()}
         else:
             done.stale += 1
-        if done.stale >= self.config.patience:
+        enough = done.stale >= self.config.patience and last_stage(self.players, done.seen)
+        if enough:
             note(f"Stopped early after {done.seen:,} images: no better on held-out scans since {done.best_seen:,}.")
-        done.finished = done.seen >= self.config.images or done.stale >= self.config.patience
+        done.finished = done.seen >= self.config.images or enough
+
+    def _begin_stage(self, before: int, train_loss: float) -> None:
+        """Go on from the best weights so far, which those whose time begins may look at; the best is sought anew."""
+        done, now = self.progress, stage(self.players, self.progress.seen)
+        if not done.history or done.history[-1][0] != done.seen:
+            self._validate(train_loss)
+        self.model.load_state_dict(self.best)
+        self.model.eval()
+        for name in now:
+            if name not in stage(self.players, before):
+                self.model.begin(name, _first(self.data, 64).to(self.fabric.device))
+        self.average = MovingAverage(self.model, self.config.ema)
+        done.best, done.best_seen, done.stale = math.inf, done.seen, 0
+        note(f"After {done.seen:,} images: training {', '.join(now)}.")
 
     def _watch_clock(self, spent: float, seconds: float | None) -> None:
         """Stop when the time is up: a machine that became busy must not take hours instead of minutes."""
@@ -274,7 +292,7 @@ class _Run:
 def fabric_for(device: str, precision: str, *, mixed: bool) -> Fabric:
     """The device and precision to compute with; `mixed` is what 'auto' means on a machine with native bfloat16."""
     accelerator = {"cuda": "gpu"}.get(device, device)
-    mixed = precision == "bfloat16" or (precision == "auto" and mixed and _native_bfloat16(device))
+    mixed = precision == "bfloat16" or (precision == "auto" and mixed and native_bfloat16(device))
     devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
     # Fabric announces its precision on stderr, through a logger and a handler of its own.
     announcer = logging.getLogger("lightning_fabric")
@@ -297,7 +315,8 @@ class _HalfInside(MixedPrecision):
         return data
 
 
-def _native_bfloat16(device: str) -> bool:
+def native_bfloat16(device: str) -> bool:
+    """Whether the device computes in bfloat16 by itself."""
     if device in ("auto", "cuda") and torch.cuda.is_available():
         return torch.cuda.is_bf16_supported()
     return device in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
@@ -307,7 +326,7 @@ def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfi
     """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps."""
     trial = copy.deepcopy(model)
     fabric = fabric_for(device, config.precision, mixed=model.mixed_precision_pays)
-    players = [player for player in trial.players() if _active(player, 0, config.batch_size)]
+    players = [player for player in trial.players() if active(player, 0, config.batch_size)]
     optimizer = torch.optim.AdamW([p for player in players for p in player.parameters], lr=0.0, fused=True)
     module, optimizer = fabric.setup(trial, optimizer)
     batch = _first(train, config.batch_size).to(fabric.device)
@@ -346,17 +365,6 @@ def _first(dataset: ScanDataset, count: int) -> Batch:
     return collate([dataset[n] for n in range(min(count, len(dataset)))])
 
 
-def _active(player: Player, seen: int, step: int) -> bool:
-    in_span = player.since <= seen and (player.until is None or seen < player.until)
-    return in_span and (seen // step) % player.every == 0
-
-
-def _schedule(seen: int, config: FitConfig) -> float:
-    """Fraction of the peak learning rate: linear rise, then half a cosine down to a fiftieth."""
-    rise = min(1.0, (seen + config.batch_size) / max(1, config.warmup))
-    return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, seen / config.images))))
-
-
 @contextmanager
 def _seeded(seed: int, device: torch.device) -> Iterator[None]:
     """torch's random state set by `seed` inside the block, and as before after it."""
@@ -387,4 +395,4 @@ def _interruption() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["FitConfig", "check_finite", "fabric_for", "fit", "images_in"]
+__all__ = ["FitConfig", "check_finite", "fabric_for", "fit", "images_in", "native_bfloat16"]
