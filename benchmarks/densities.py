@@ -24,10 +24,11 @@ def normals() -> dict[str, np.ndarray]:
     """Grey levels (n, 28, 28) of the normal chests.
 
     'tenth' is a fixed tenth of the official train split and 'train' the rest; whatever is chosen is chosen on
-    the tenth. 'val' and 'test' are the official splits, to be reported once.
+    the tenth. 'val' and 'test' are the official splits, to be reported once; 'ill' is the test split's pneumonia.
     """
     data = np.load(shared_data() / "medmnist" / "pneumoniamnist.npz")
     found = {name: data[f"{name}_images"][data[f"{name}_labels"][:, 0] == 0] for name in ("train", "val", "test")}
+    found["ill"] = data["test_images"][data["test_labels"][:, 0] == 1]
     order = np.random.default_rng(0).permutation(len(found["train"]))
     tenth, rest = np.split(order, [len(order) // 10])
     return {**found, "train": found["train"][rest], "tenth": found["train"][tenth]}

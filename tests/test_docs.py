@@ -30,6 +30,9 @@ def blocks(text: str, language: str) -> list[str]:
     return re.findall(rf"^```{language}\n(.*?)^```$", text, re.M | re.S)
 
 
+SHOWN = [b for page in (ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))) for b in blocks(page.read_text(), "bash")]
+
+
 def commands(block: str) -> list[list[str]]:
     """The commands of a bash block, each as its words."""
     lines = block.replace("\\\n", " ").splitlines()
@@ -80,8 +83,8 @@ def test_continuous_integration_runs_what_the_pages_say():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("block", [b for b in blocks(README, "bash") if "medgen " in b and "pytest" not in b])
-def test_every_command_of_the_readme_works(block, bench, monkeypatch, capsys):
+@pytest.mark.parametrize("block", [b for b in SHOWN if "medgen " in b and "pytest" not in b])
+def test_every_command_of_the_readme_and_the_docs_works(block, bench, monkeypatch, capsys):
     monkeypatch.chdir(bench)
     for words in commands(block):
         if words[0] != "medgen":
