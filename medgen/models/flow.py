@@ -17,7 +17,7 @@ exact density of x~; with u from a second flow (Ho et al. 2019, "Flow++", equati
 """
 
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -120,16 +120,18 @@ class Flow(Model):
     def __init__(self, config: "Flow.Config") -> None:
         super().__init__()
         self.config = config
-        self.chains, self.guides = nn.ModuleList(), nn.ModuleList()
+        chains, guides = [], []
         channels, block = config.channels, (1,) * config.dims
         for level, factors in enumerate(config.blocks):
             channels *= prod(factors)
             block = tuple(a * b for a, b in zip(block, factors, strict=True))
             last = level == len(config.blocks) - 1
             guide = _guide(config, block)
-            self.guides.append(guide)
-            self.chains.append(_chain(config, channels, given=guide is not None, last=last))
+            guides.append(guide)
+            chains.append(_chain(config, channels, given=guide is not None, last=last))
             channels -= 0 if last else channels // 2
+        self.chains = cast("list[Chain]", nn.ModuleList(chains))
+        self.guides = cast("list[Guide | None]", nn.ModuleList(guides))
         self.noise = _Noise(config) if config.dequantisation == "variational" else None
 
     @classmethod

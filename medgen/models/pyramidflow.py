@@ -13,7 +13,7 @@ sharpened tile by tile, and the tiles agree: noise is a function of (seed, absol
 
 from collections.abc import Callable
 from math import prod
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -108,7 +108,7 @@ class PyramidFlow(Model):
     def __init__(self, config: "PyramidFlow.Config") -> None:
         super().__init__()
         self.config = config
-        self.levels = nn.ModuleList(_Level(config, level) for level in range(config.levels + 1))
+        self.levels = cast("list[_Level]", nn.ModuleList(_Level(config, n) for n in range(config.levels + 1)))
 
     @classmethod
     def stride(cls, values: dict[str, Any]) -> int | tuple[int, ...]:
@@ -144,7 +144,7 @@ class PyramidFlow(Model):
         nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * positions
         return Loss(nats, {player: nats})
 
-    def _patches(self, x: Tensor, batch: Batch, number: int) -> tuple[tuple[Tensor | None, ...], Tensor, int]:
+    def _patches(self, x: Tensor, batch: Batch, number: int) -> tuple[tuple[Any, ...], Tensor, int]:
         """What a level sees of a random patch of each scan, what its positions count for, and how many a scan has."""
         require_context(batch.context, self.config.context, x.shape[2:])
         level = self.levels[number]
@@ -154,13 +154,14 @@ class PyramidFlow(Model):
         drawn = [drawn_window(space, size, level.reach) for _ in range(len(x))]
         windows = [window for window, _ in drawn]
 
-        def each(values: Tensor | None) -> Tensor | None:
-            return None if values is None else torch.stack([v[w.index] for v, w in zip(values, windows, strict=True)])
+        def each(values: Tensor) -> Tensor:
+            return torch.stack([v[w.index] for v, w in zip(values, windows, strict=True)])
 
         places = [level.guide.place(w.origin, size, space) for w in windows]
-        place = None if places[0] is None else torch.cat(places)
+        place = torch.cat([one for one in places if one is not None]) if level.guide.places is not None else None
         weights = torch.stack([weight for _, weight in drawn]).to(x)
-        return (each(details), each(coarse), batch.cond, each(context), place), weights, prod(space)
+        seen = [None if values is None else each(values) for values in (coarse, context)]
+        return (each(details), seen[0], batch.cond, seen[1], place), weights, prod(space)
 
     def validation_loss(self, batch: Batch) -> Float[Tensor, " b"]:
         """The negative log density of whole scans, all levels together."""
@@ -361,7 +362,8 @@ class _Level(nn.Module):
             steps += [Mix(self.channels, "conv"), self._coupling(config, self.channels // 2, config.coupling)]
         steps += [Mix(self.channels, "conv"), self._coupling(config, 0, "affine")]
         self.chain = Chain(steps, recompute=config.memory == "recompute")
-        self.reach = self.guide.reach + sum(step.network.reach for step in steps if isinstance(step, Coupling))
+        # Each coupling but the first and the last sees its direct neighbours.
+        self.reach = self.guide.reach + config.steps
         channels_last(self, dims)
 
     def _coupling(self, config: PyramidFlow.Config, keep: int, kind: Literal["affine", "spline"]) -> Coupling:

@@ -8,7 +8,7 @@ Every bijection maps x (b, c, *space) to y of the same shape and tells ladj = lo
 """
 
 from collections.abc import Sequence
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from jaxtyping import Float
@@ -162,7 +162,7 @@ class Coupling(nn.Module):
         if self.kind == "affine":
             shift, log_scale = _shift_and_log_scale(told)
             return (y - shift) * (-log_scale).exp()
-        return self._spline(told).inv(y)
+        return self._spline(told)._inverse(y)
 
     def _spline(self, told: Tensor) -> "_Spline":
         """Widths, heights and inner slopes of every moved element, bin last."""
@@ -175,7 +175,8 @@ class _Spline(MonotonicRQSTransform):
 
     def _inverse(self, y: Tensor) -> Tensor:
         """Durkan et al. 2019, equations 29 to 32."""
-        inside, x0, x1, y0, y1, d0, d1, s = self.bin(self.searchsorted(self.vertical, y) - 1)
+        found = cast("torch.LongTensor", self.searchsorted(self.vertical, y) - 1)
+        inside, x0, x1, y0, y1, d0, d1, s = self.bin(found)
         rise = inside * (y - y0)
         bend = rise * (d0 + d1 - 2 * s)
         a, b, c = (y1 - y0) * (s - d0) + bend, (y1 - y0) * d0 - bend, -s * rise
@@ -197,7 +198,7 @@ class Chain(nn.Module):
 
     def __init__(self, steps: Sequence["Mix | Coupling"], *, recompute: bool = False) -> None:
         super().__init__()
-        self.steps = nn.ModuleList(steps)
+        self.steps = cast("list[Mix | Coupling]", nn.ModuleList(steps))
         self.recompute = recompute
 
     def initialise(self, x: Float[Tensor, "b c *space"], given: Tensor | None = None) -> Float[Tensor, "b c *space"]:
@@ -245,7 +246,7 @@ class _Rebuilding(torch.autograd.Function):
         of_y, of_ladj = gradients
         y, *told = ctx.saved_tensors
         given = told[0].detach().requires_grad_(ctx.given_needs) if told else None
-        of_given = torch.zeros_like(given) if ctx.given_needs else None
+        of_given = torch.zeros_like(given) if given is not None and ctx.given_needs else None
         # Made before the first of the large temporaries, between which they would keep the heap from shrinking.
         found = {p: torch.zeros_like(p) for p in ctx.chain.parameters() if p.requires_grad}
         with torch.autocast(y.device.type, enabled=False):
