@@ -44,8 +44,8 @@ def scans(n: int, dims: int, seed: int = 0, channels: int = 1, space: tuple[int,
 def flowmatch(dims: int = 2, *, moved: float = 0.0, **changes: object) -> Model:
     """A small initialised model; `moved` shakes its parameters, so that the network adds something."""
     torch.manual_seed(0)
-    values = {"kind": "flowmatch", "shape": SPACES[dims], "width": 8, "levels": 1, "depth": 1, "steps": 8} | changes
-    return started(build(config_of(values)), moved)
+    values = {"kind": "flowmatch", "shape": SPACES[dims], "width": 8, "levels": 1, "depth": 1, "steps": 8, "bits": 0}
+    return started(build(config_of(values | changes)), moved)
 
 
 def latent(dims: int = 2, *, moved: float = 0.0, **changes: object) -> Model:
@@ -240,7 +240,9 @@ def test_the_gaussian_of_independent_voxels_is_found():
 
 def test_samples_at_the_start_have_the_fields_mean_and_covariance():
     torch.manual_seed(0)
-    model = build(config_of({"kind": "flowmatch", "shape": (4, 4), "width": 8, "levels": 1, "steps": 1, "depth": 1}))
+    model = build(
+        config_of({"kind": "flowmatch", "shape": (4, 4), "width": 8, "levels": 1, "steps": 1, "depth": 1, "bits": 0})
+    )
     field = 0.5 + 0.1 * torch.cumsum(0.4 * torch.randn(4000, 1, 4, 4), 2)
     model.initialise(Batch(field))
     drawn = model.eval().sample(2000, seed=0).flatten(1)
@@ -283,7 +285,9 @@ def test_training_raises_the_density_of_what_no_gaussian_fits():
         return x
 
     torch.manual_seed(0)
-    model = build(config_of({"kind": "flowmatch", "shape": (8, 8), "width": 16, "levels": 1, "depth": 1, "lattice": 2}))
+    model = build(
+        config_of({"kind": "flowmatch", "shape": (8, 8), "width": 16, "levels": 1, "depth": 1, "lattice": 2, "bits": 0})
+    )
     model.initialise(Batch(drawn(64, 0)))
     held = drawn(16, 90)
     at_start = model.log_prob_estimate(held)[0].mean()

@@ -110,7 +110,7 @@ class FlowMatch(Model):
         """
 
         kind: Literal["flowmatch"] = "flowmatch"
-        bits: int = Field(default=0, ge=0, le=16)
+        bits: int = Field(default=8, ge=0, le=16)
 
         @property
         def stride(self) -> int:

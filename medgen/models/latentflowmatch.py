@@ -72,7 +72,7 @@ class LatentFlowMatch(Model):
             names = ("classes", "covariates", "context")
             told = {name: getattr(self, name) for name in names}
             shape = self.autoencoder_config.coarse
-            return FlowMatch.Config(shape=shape, channels=self.latent, **told, **self.velocity.model_dump())
+            return FlowMatch.Config(shape=shape, channels=self.latent, bits=0, **told, **self.velocity.model_dump())
 
         @model_validator(mode="after")
         def _divisible(self) -> "LatentFlowMatch.Config":

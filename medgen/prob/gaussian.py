@@ -9,7 +9,7 @@ from torch import Tensor, nn
 # How many scans the spectrum's average over directions counts for.
 _SPECTRAL_SCANS = 8.0
 # How many scans a voxel's spread is drawn towards the mean spread as if they had shown that.
-_SPREAD_SCANS = 4.0
+_SPREAD_SCANS = 2.0
 _LEAST_VARIANCE = 1e-6
 
 
