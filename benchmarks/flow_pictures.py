@@ -26,7 +26,7 @@ def scale_maps(bundle: Bundle, model: PyramidFlow) -> Image.Image:
     """The first head with a lesion, then each scale's map through the lesion, one row each."""
     place = sorted((ROOT / "data_samples" / "heads_ill").glob("*_T1w.nii.gz"))[0]
     prepared = bundle.recipe(io.read(place))
-    mask = io.read(place.with_name(place.name.replace("_T1w", "_mask"))).onto(prepared.grid, outside=0)
+    mask = io.read(place.with_name(place.name.replace(".nii.gz", "_mask.nii.gz"))).onto(prepared.grid, outside=0)
     at = [round(float(n.mean())) for n in np.nonzero(mask.voxels[0] > 0)]
     maps = model.log_prob_maps(model_view(prepared)[None])
     rows = [("the head", views(prepared, at))]
