@@ -315,7 +315,7 @@ def test_optimal_coupling_shortens_paths_and_keeps_conditions_apart():
     assert not torch.equal(order, torch.arange(32))
     batch = Batch(scans(8, 2), torch.arange(8) % 2)
     for classes in ((), ("calm", "stormy")):
-        before, after = step(flowmatch(coupling="optimal", classes=classes), batch, "model", 20)
+        before, after = step(flowmatch(coupling="optimal", loss="velocity", classes=classes), batch, "model", 20)
         assert after < before
 
 
@@ -564,6 +564,8 @@ def test_sizes_that_do_not_divide_and_one_probe_are_refused():
         config_of({"kind": "latentflowmatch", "shape": (24, 16), "levels": 2, "fold": 2, "velocity": {"levels": 1}})
     with pytest.raises(ValidationError, match="standard error"):
         config_of({"kind": "flowmatch", "shape": (8, 8), "probes": 1})
+    with pytest.raises(ValidationError, match="loss: velocity"):
+        config_of({"kind": "flowmatch", "shape": (8, 8), "coupling": "optimal"})
 
 
 @pytest.mark.parametrize("dims", [2, 3])

@@ -55,7 +55,8 @@ class FlowFields(BaseModel):
         times: at which training looks: 'emergence', where the scans' frequencies come out of the noise; 'uniform';
             or 'logit-normal' (Esser et al. 2024), more of them in the middle.
         coupling: of noise to scans: 'independent', or 'optimal' in each batch among scans of equal condition
-            (Tong et al. 2024, "Minibatch optimal transport"), for straighter paths.
+            (Tong et al. 2024, "Minibatch optimal transport"), for straighter paths; only with loss 'velocity', as
+            the bound is one for independent noise.
         drop: how often training leaves the condition and the given image out, so that both ways are learned.
         method: 'heun' or 'euler' with fixed steps, or 'adaptive' (Dormand-Prince).
         steps: of the fixed methods, from noise to scan.
@@ -84,7 +85,9 @@ class FlowFields(BaseModel):
     lattice: int = Field(default=1, ge=1, le=8)
 
     @model_validator(mode="after")
-    def _known_error(self) -> "FlowFields":
+    def _means_something(self) -> "FlowFields":
+        if self.coupling == "optimal" and self.loss == "nats":
+            raise ValueError("with coupling 'optimal' the loss 'nats' bounds nothing; set loss: velocity")
         if self.probes == 1:
             raise ValueError(
                 "one probe does not tell its standard error; take 2 or more, or 0 for the exact divergence"
@@ -175,9 +178,9 @@ class FlowMatch(Model):
 
             -log p(x) <= -log p_G(x) + E[ t / (1 - t) (|v - (y - e)|^2 - |v_G - (y - e)|^2) ]
 
-        over noise and uniform times, an equality for the best v (Kingma et al. 2021, "Variational diffusion models",
-        equation 15; Guo et al. 2005, equation 33, for the difference). Other times enter with the inverse of their
-        density as weight.
+        over noise and uniform times, an equality for the best v (Kingma et al. 2021, "Variational diffusion models";
+        Kong et al. 2023, "Information-theoretic diffusion", for the difference from a Gaussian). Other times enter
+        with the inverse of their density as weight.
         """
         config, count = self.config, len(batch.x)
         y = self.path.standardised(dequantised(batch.x, torch.rand_like(batch.x), config.bits))
@@ -229,7 +232,7 @@ class FlowMatch(Model):
     def _guided(self, told: Told, guidance: float) -> tuple[Tensor, Callable[[Tensor, Tensor], Tensor]]:
         """The Gaussian's mean, and what the network adds, where the condition counts `guidance` times.
 
-        v = v_without + guidance * (v_with - v_without) (Ho & Salimans 2022, equation 6, for velocities).
+        v = v_without + guidance * (v_with - v_without) (Ho & Salimans 2022; `guidance` is their weight plus 1).
         """
         if guidance == 1 or (told.table is None and told.image is None):
             return self.path.mean_for(told.table), lambda y, time: self._velocities(y, time, told)[1]

@@ -130,7 +130,11 @@ class LatentFlowMatch(Model):
 
     @torch.no_grad()
     def _fit_path(self, batch: Batch) -> None:
-        codes = [self.autoencoder.encode(part).mean for part in batch.x.split(_MICRO_BATCH[self.config.dims])]
+        codes = []
+        for n, part in enumerate(batch.x.split(_MICRO_BATCH[self.config.dims])):
+            posterior = self.autoencoder.encode(part)
+            noise = seeded_noise(tuple(posterior.mean.shape), seed=derived_seed(0, 2, n)).to(part.device)
+            codes.append(posterior.mean + posterior.stddev * noise)
         self.velocity.initialise(Batch(torch.cat(codes), batch.cond))
 
     def forward(self, batch: Batch, player: str = "autoencoder") -> Loss:
@@ -159,16 +163,22 @@ class LatentFlowMatch(Model):
 
     # -- abilities -----------------------------------------------------------------------------------
 
-    def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Independent:
-        """q(z | x) over code maps; the condition does not matter to it."""
+    def encode(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Independent:
+        """q(z | x) over code maps; neither condition nor given image matter to it."""
         return self.autoencoder.encode(x)
 
-    def decode(self, z: Float[Tensor, "b *code"], cond: Tensor | None = None) -> Independent:
-        """p(x | z), over scans."""
+    def decode(
+        self, z: Float[Tensor, "b *code"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Independent:
+        """p(x | z), over scans; neither condition nor given image matter to it."""
         return self.autoencoder.decode(z)
 
     @torch.no_grad()
-    def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
+    def reconstruct(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Float[Tensor, "b c *space"]:
         """The mean of p(x | z) at the mean of q(z | x)."""
         return self.autoencoder.reconstruct(x)
 
