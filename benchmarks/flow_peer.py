@@ -28,7 +28,7 @@ from medgen.data.dataset import Batch
 from medgen.data.motion import RandMove
 from medgen.models import build, config_of
 from medgen.nets.blocks import count_parameters
-from medgen.training.fit import native_bfloat16
+from medgen.training.fabric import native_bfloat16
 
 STEPS, SCALES, WIDTH, SIZE, BATCH = 8, 3, 64, 32, 64
 FLOW = {

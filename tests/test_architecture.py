@@ -253,9 +253,9 @@ def test_a_preset_says_what_its_model_can_do(name):
     preset = load_preset(name)
     kind = models.family(preset.about.family)
     assert preset.model["kind"] == preset.about.family
-    # Any shape will do that the model's stride divides.
+    # Any shape will do that the model's stride divides; all it can do takes scans with classes.
     shape = (kind.stride(preset.model) * 4,) * preset.about.dims
-    config = models.config_of({**preset.model, "shape": shape})
+    config = models.config_of({**preset.model, "shape": shape, "classes": ("calm", "stormy")})
     assert config.dims == preset.about.dims
     assert sorted(preset.about.abilities) == list(preset.about.abilities) == sorted(kind.abilities(config))
 

@@ -2,7 +2,8 @@
 
 import json
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from itertools import product
 
 import pytest
 import torch
@@ -28,6 +29,7 @@ METHODS = {
     "restores": "restore",
     "translates": "translate",
     "classifies": "class_log_prob",
+    "inpaints": "inpaint",
 }
 PROTOCOLS = {"samples": "Samples", "encodes": "Encodes", "decodes": "Decodes", "reconstructs": "Reconstructs"}
 # Batch, widths, channels and axes all differ, so that no two can be mixed up.
@@ -45,25 +47,36 @@ def minimal(values: dict, dims: int, channels: int, classes: tuple[str, ...]) ->
     }  # fmt: skip
 
 
-def cases() -> list:
-    """Every family with its defaults in 2D and 3D, and every preset in its own dimensions."""
+def families() -> list:
+    """Every family with its defaults, in 2D and 3D."""
     found = []
     for kind in FAMILIES:
         defaults = {name: field.default for name, field in family(kind).Config.model_fields.items()}
         small = {"levels": 2} if "levels" in defaults else {}
-        for dims in (2, 3):
-            found.append(pytest.param({"kind": kind} | small, dims, id=f"{kind}-{dims}d"))
-    for name in preset_names():
-        preset = load_preset(name)
-        found.append(pytest.param(dict(preset.model), preset.about.dims, id=f"preset-{name}"))
+        found += [pytest.param({"kind": kind} | small, dims, id=f"{kind}-{dims}d") for dims in (2, 3)]
     return found
 
 
-FAMILY_AND_DIMS = pytest.mark.parametrize(("values", "dims"), cases())
-# For what needs training: the families, in 2D and 3D.
-LEARNERS = pytest.mark.parametrize(("values", "dims"), cases()[: 2 * len(FAMILIES)])
-CHANNELS = pytest.mark.parametrize("channels", [1, 3])
-CONDITIONING = pytest.mark.parametrize("classes", [(), CLASSES], ids=["plain", "classes"])
+def presets() -> list:
+    """Every preset, in its own dimensions."""
+    loaded = [(name, load_preset(name)) for name in preset_names()]
+    return [pytest.param(dict(one.model), one.about.dims, id=f"preset-{name}") for name, one in loaded]
+
+
+def everything(channels: Sequence[int] = (1,)) -> list:
+    """Families with every number of channels, with and without classes; presets with one channel and classes."""
+    found = []
+    for case in families():
+        for count, classes in product(channels, ((), CLASSES)):
+            told = f"{case.id}-{count}-{'classes' if classes else 'plain'}"
+            found.append(pytest.param(*case.values, count, classes, id=told))
+    return found + [pytest.param(*case.values, 1, CLASSES, id=case.id) for case in presets()]
+
+
+FAMILY_AND_DIMS = pytest.mark.parametrize(("values", "dims"), families())
+FAMILY_OR_PRESET = pytest.mark.parametrize(("values", "dims"), families() + presets())
+EVERYTHING = pytest.mark.parametrize(("values", "dims", "channels", "classes"), everything())
+WITH_CHANNELS = pytest.mark.parametrize(("values", "dims", "channels", "classes"), everything((1, 3)))
 
 
 def scans(n: int, channels: int, space: tuple[int, ...], seed: int = 0) -> torch.Tensor:
@@ -107,9 +120,7 @@ def seeded(call: Callable, seed: int = 0) -> object:
 # -- the loss --------------------------------------------------------------------------------------
 
 
-@FAMILY_AND_DIMS
-@CHANNELS
-@CONDITIONING
+@WITH_CHANNELS
 def test_the_loss_is_one_finite_number_a_scan_with_named_terms(values, dims, channels, classes):
     model = made(values, dims, channels, classes).train()
     batch = batch_for(model.config)
@@ -122,10 +133,9 @@ def test_the_loss_is_one_finite_number_a_scan_with_named_terms(values, dims, cha
         assert all(term.shape == (BATCH,) for term in loss.terms.values())
 
 
-@FAMILY_AND_DIMS
-@CONDITIONING
-def test_the_loss_reaches_each_of_its_players_parameters(values, dims, classes):
-    model = made(values, dims, classes=classes).train()
+@EVERYTHING
+def test_the_loss_reaches_each_of_its_players_parameters(values, dims, channels, classes):
+    model = made(values, dims, channels, classes).train()
     for player in model.players():
         model.zero_grad(set_to_none=True)
         model(batch_for(model.config), player.name).total.mean().backward()
@@ -139,7 +149,7 @@ def test_the_loss_reaches_each_of_its_players_parameters(values, dims, classes):
         assert not idle
 
 
-@FAMILY_AND_DIMS
+@FAMILY_OR_PRESET
 def test_players_own_all_parameters_and_share_none(values, dims):
     model = made(values, dims)
     owned = [id(parameter) for player in model.players() for parameter in player.parameters]
@@ -148,10 +158,9 @@ def test_players_own_all_parameters_and_share_none(values, dims):
     assert len({player.name for player in model.players()}) == len(model.players())
 
 
-@FAMILY_AND_DIMS
-@CONDITIONING
-def test_the_bound_of_a_scan_does_not_depend_on_the_rest_of_the_batch(values, dims, classes):
-    model = made(values, dims, classes=classes)
+@EVERYTHING
+def test_the_bound_of_a_scan_does_not_depend_on_the_rest_of_the_batch(values, dims, channels, classes):
+    model = made(values, dims, channels, classes)
     batch = batch_for(model.config)
     cond = batch.cond
     for ability, method in (("bounds_density", "elbo"), ("scores_density", "log_prob")):
@@ -161,7 +170,7 @@ def test_the_bound_of_a_scan_does_not_depend_on_the_rest_of_the_batch(values, di
             assert torch.allclose(call(batch.x, cond), torch.cat(alone), rtol=1e-4, atol=1e-2)
 
 
-@LEARNERS
+@FAMILY_AND_DIMS
 def test_the_loss_falls_on_eight_scans(values, dims):
     torch.manual_seed(0)
     model = build(config_of(minimal(values, dims, 1, ())))
@@ -199,7 +208,7 @@ def test_bfloat16_changes_the_loss_little(values, dims):
 # -- abilities -------------------------------------------------------------------------------------
 
 
-@FAMILY_AND_DIMS
+@FAMILY_OR_PRESET
 def test_declared_abilities_have_their_method_and_others_have_none(values, dims):
     model = made(values, dims)
     assert of(model) <= set(METHODS)
@@ -214,9 +223,7 @@ def test_declared_abilities_have_their_method_and_others_have_none(values, dims)
             assert isinstance(model, getattr(abilities_of, PROTOCOLS[ability]))
 
 
-@FAMILY_AND_DIMS
-@CHANNELS
-@CONDITIONING
+@WITH_CHANNELS
 def test_every_declared_ability_works_and_repeats(values, dims, channels, classes):
     model = made(values, dims, channels, classes)
     batch = batch_for(model.config)
@@ -253,14 +260,17 @@ def test_every_declared_ability_works_and_repeats(values, dims, channels, classe
         assert density.shape == (BATCH, 1, *x.shape[2:])
     if "restores" in can:
         assert twice(lambda: model.restore(x, strength=0.5, seed=1)).shape == x.shape
-    if "classifies" in can and classes:
+    if "inpaints" in can:
+        hole = torch.zeros(BATCH, 1, *x.shape[2:], dtype=torch.bool)
+        hole[..., : x.shape[-1] // 2] = True
+        filled = twice(lambda: model.inpaint(x, hole, seed=1, cond=cond))
+        assert torch.equal(torch.where(hole, 0, filled), torch.where(hole, 0, x))
+    if "classifies" in can:
         chances = twice(lambda: model.class_log_prob(x))
         assert torch.allclose(chances.logsumexp(1), torch.zeros(BATCH), atol=1e-4)
 
 
-@FAMILY_AND_DIMS
-@CHANNELS
-@CONDITIONING
+@WITH_CHANNELS
 def test_sample_i_is_the_same_bytes_however_many_are_drawn(values, dims, channels, classes):
     model = made(values, dims, channels, classes)
     if "samples" not in of(model):
@@ -287,7 +297,7 @@ def test_sampling_leaves_the_global_random_state_alone(values, dims):
     assert torch.equal(torch.rand(3), expected)
 
 
-@LEARNERS
+@FAMILY_AND_DIMS
 def test_a_sample_shows_its_class(values, dims):
     model = made(values, dims, 1, CLASSES)
     if "samples" not in of(model):
@@ -339,10 +349,9 @@ def test_what_is_computed_of_a_scan_does_not_depend_on_its_place_in_the_batch(va
 # -- configs and weights ---------------------------------------------------------------------------
 
 
-@FAMILY_AND_DIMS
-@CONDITIONING
-def test_weights_and_config_make_the_same_model_again(values, dims, classes):
-    model = made(values, dims, 1, classes)
+@EVERYTHING
+def test_weights_and_config_make_the_same_model_again(values, dims, channels, classes):
+    model = made(values, dims, channels, classes)
     written = json.dumps(model.config.model_dump(mode="json"))
     config = config_of(json.loads(written))
     assert config == model.config
@@ -385,12 +394,14 @@ def test_an_unknown_family_is_refused_with_those_there_are():
         config_of({})
 
 
-@pytest.mark.parametrize("name", preset_names())
-def test_what_a_preset_says_of_its_model_is_true(name):
-    preset = load_preset(name)
-    config = config_of(minimal(dict(preset.model), preset.about.dims, 1, ()))
-    assert preset.about.family == config.kind
-    assert sorted(preset.about.abilities) == sorted(family(config.kind).abilities(config))
+def test_no_two_presets_build_the_same_model():
+    built: dict[str, str] = {}
+    for name in preset_names():
+        preset = load_preset(name)
+        config = config_of(minimal(dict(preset.model), preset.about.dims, 1, ()))
+        written = config.model_dump_json()
+        assert written not in built, f"{name} is {built[written]}"
+        built[written] = name
 
 
 # -- what the papers add: the variational autoencoder -------------------------------------------------

@@ -2,20 +2,23 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import torch
+from jaxtyping import Bool, Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Distribution
 
 from medgen.data.covariates import Covariate
 from medgen.data.dataset import Batch
+from medgen.errors import CapabilityError
 
 # What a model can do; tasks ask for these words and never for a class.
 Ability = Literal[
     "samples", "encodes", "decodes", "reconstructs", "scores_density", "estimates_density", "bounds_density",
-    "maps_density", "restores", "translates", "classifies",
+    "maps_density", "restores", "translates", "classifies", "inpaints",
 ]  # fmt: skip
 
 
@@ -48,7 +51,7 @@ class ModelConfig(BaseModel):
         return self
 
 
-class ConditionedConfig(ModelConfig):
+class CovariateConfig(ModelConfig):
     """A family that takes more than a class to say p(x | condition).
 
     With covariates, `cond` is a float table (b, `condition_width`): one 0 or 1 a class, then each
@@ -56,17 +59,47 @@ class ConditionedConfig(ModelConfig):
 
     Args:
         covariates: what else to condition on; none by default.
-        context: channels of an image on the same voxels that is given with every scan, such as a mask, a
-            blurred scan or another modality; 0 for none.
     """
 
     covariates: tuple[Covariate, ...] = ()
-    context: int = Field(default=0, ge=0)
 
     @property
     def condition_width(self) -> int:
         """Numbers a scan's condition has."""
         return len(self.classes) + sum(covariate.width for covariate in self.covariates)
+
+
+class ConditionedConfig(CovariateConfig):
+    """A family that may be given an image with every scan, too.
+
+    Args:
+        context: channels of that image, which is on the same voxels, such as a mask, a blurred scan or
+            another modality; 0 for none.
+    """
+
+    context: int = Field(default=0, ge=0)
+
+
+def conditional(config: ModelConfig, abilities: set[Ability]) -> frozenset[Ability]:
+    """These abilities, and 'classifies' where a density is told apart by class: p(y | x) follows by Bayes."""
+    told = abilities & {"scores_density", "bounds_density"}
+    return frozenset(abilities | {"classifies"} if told and len(config.classes) > 1 else abilities)
+
+
+def each_class(config: ModelConfig, cond: Tensor | None, count: int, device: torch.device) -> list[Tensor | None]:
+    """Conditions that say of `count` scans that they are of each class in turn, with the covariates of `cond`.
+
+    One condition where the config has no classes.
+    """
+    classes = len(config.classes)
+    if not getattr(config, "covariates", ()):
+        return [torch.full((count,), c, dtype=torch.long, device=device) for c in range(classes)] or [None]
+    width = getattr(config, "condition_width", 0)
+    told = torch.zeros(count, width, device=device) if cond is None or cond.ndim == 1 else cond
+    if not classes:
+        return [told]
+    each = torch.eye(classes, device=device)
+    return [torch.cat([each[c].expand(count, -1), told[:, classes:]], 1) for c in range(classes)]
 
 
 @dataclass
@@ -93,10 +126,14 @@ class Player:
 
 
 class Model(nn.Module):
-    """A family: `forward(batch, player)` is the loss, `players` says who is trained when."""
+    """A family: `forward(batch, player)` is the loss, `players` says who is trained when.
+
+    `progress` tells a loss how far training is, from 0 to 1, for weights that rise with it.
+    """
 
     Config: ClassVar[type[ModelConfig]]
     config: ModelConfig
+    progress: float = 1.0
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
@@ -113,8 +150,13 @@ class Model(nn.Module):
         """Whether bfloat16 trains faster where a machine has it; small networks on images gain nothing."""
         return self.config.dims == 3
 
+    @property
+    def device(self) -> torch.device:
+        """Where its numbers are."""
+        return next(chain(self.parameters(), self.buffers())).device
+
     def players(self) -> list[Player]:
-        """Who is trained; by default everything at once, all the time."""
+        """Who is trained; by default everything at once, all the time. Nobody where all has a closed form."""
         return [Player("model", tuple(self.parameters()))]
 
     def validation_loss(self, batch: Batch) -> Float[Tensor, " b"]:
@@ -129,6 +171,41 @@ class Model(nn.Module):
 
     def finalise(self, batches: Iterable[Batch]) -> None:
         """What is fitted in closed form after training, such as a prior over codes."""
+
+    def health(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """Numbers that tell whether training went astray, such as how many code dimensions say anything."""
+        return {}
+
+    @torch.no_grad()
+    def class_log_prob(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Float[Tensor, "b k"]:
+        """log p(y | x) of each class, by Bayes' rule with classes equally likely beforehand.
+
+            p(y | x) = p(x | y) / sum over classes y' of p(x | y')
+
+        With a bound in place of log p(x | y), an approximation. Densities of many voxels are seldom wrong a little:
+        the chances are near 0 and 1, and want a temperature (`medgen.metrics.classification`) to mean anything.
+
+        Args:
+            x: scans.
+            cond: rows (b, condition_width) whose covariates are used; the class in them is not.
+            context: what is given with each scan.
+
+        Raises:
+            CapabilityError: the model has no classes, or no density.
+        """
+        able = self.abilities(self.config)
+        if "classifies" not in able:
+            raise CapabilityError(
+                f"This {self.config.kind} cannot classify: that takes a density and two or more classes; "
+                f"it has {len(self.config.classes)}. Train a density on scans with classes."
+            )
+        density: Any = self
+        density = density.log_prob if "scores_density" in able else density.elbo
+        given = {} if context is None else {"context": context}
+        told = [density(x, one, **given) for one in each_class(self.config, cond, len(x), x.device)]
+        return torch.stack(told, 1).log_softmax(1)
 
 
 @runtime_checkable
@@ -216,13 +293,38 @@ class BoundsDensity(Protocol):
         ...
 
 
+@runtime_checkable
+class Classifies(Protocol):
+    """Says how likely each class is."""
+
+    def class_log_prob(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> Float[Tensor, "b k"]:
+        """log p(y | x)."""
+        ...
+
+
+@runtime_checkable
+class Inpaints(Protocol):
+    """Draws what belongs into a hole of a scan."""
+
+    def inpaint(
+        self, x: Float[Tensor, "b c *space"], hole: Bool[Tensor, "b 1 *space"], *, seed: int, cond: Tensor | None = None
+    ) -> Float[Tensor, "b c *space"]:
+        """`x` with the voxels of `hole` drawn anew, given the others, which stay as they are."""
+        ...
+
+
 __all__ = [
     "Ability",
     "BoundsDensity",
+    "Classifies",
     "ConditionedConfig",
+    "CovariateConfig",
     "Decodes",
     "Encodes",
     "EstimatesDensity",
+    "Inpaints",
     "Loss",
     "MapsDensity",
     "Model",
@@ -232,4 +334,6 @@ __all__ = [
     "Restores",
     "Samples",
     "ScoresDensity",
+    "conditional",
+    "each_class",
 ]

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig
+from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, conditional
 from medgen.nets.blocks import from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.told import require_context
@@ -148,7 +148,7 @@ class Flow(Model):
         """A flow samples, encodes, decodes and scores density, exactly unless its dequantisation is learned."""
         assert isinstance(config, Flow.Config)
         density: Ability = "scores_density" if config.dequantisation == "uniform" else "bounds_density"
-        return frozenset({"samples", "encodes", "decodes", "maps_density", density})
+        return conditional(config, {"samples", "encodes", "decodes", "maps_density", density})
 
     @property
     def mixed_precision_pays(self) -> bool:
@@ -303,7 +303,7 @@ class Flow(Model):
         self, n: int, *, seed: int, cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "n c *space"]:
         """`n` scans: noise of the config's temperature through the inverse."""
-        size, device = _MICRO_BATCH[self.config.dims], next(self.parameters()).device
+        size, device = _MICRO_BATCH[self.config.dims], self.device
         voxels = self.config.channels * prod(self.config.shape)
         drawn = []
         for first in range(0, n, size):

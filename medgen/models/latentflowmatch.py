@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player
+from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
 from medgen.models.flowmatch import FlowFields, FlowMatch
 from medgen.models.vae import VAE
 from medgen.seeds import derived_seed, seeded_noise
@@ -105,7 +105,7 @@ class LatentFlowMatch(Model):
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
         """What the autoencoder can do, with better samples; the density is a bound."""
-        return frozenset({"samples", "encodes", "decodes", "reconstructs", "restores", "bounds_density"})
+        return conditional(config, {"samples", "encodes", "decodes", "reconstructs", "restores", "bounds_density"})
 
     def players(self) -> list[Player]:
         """The autoencoder, then the velocity."""

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player
+from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
 from medgen.nets.blocks import channels_last, from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.haar import haar, haar_ladj, unhaar
@@ -122,7 +122,7 @@ class PyramidFlow(Model):
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
         """A pyramid flow samples and scores density, exactly and voxel by voxel."""
-        return frozenset({"samples", "scores_density", "maps_density"})
+        return conditional(config, {"samples", "scores_density", "maps_density"})
 
     def players(self) -> list[Player]:
         """Every level trains alone."""
@@ -308,7 +308,7 @@ class PyramidFlow(Model):
         factors = [prod(block) for block in zip(*self.config.blocks[:levels], strict=True)]
         space = tuple(n * factor for n, factor in zip(coarse.shape[2:], factors, strict=True))
         require_context(context, self.config.context, space)
-        coarse = coarse.to(next(self.parameters()).device)
+        coarse = coarse.to(self.device)
         half = 0.5 / 2**self.config.bits if self.config.bits else 0.0
         scale = (2**self.config.bits - 1) / 2**self.config.bits if self.config.bits else 1.0
         drawn = []
@@ -328,7 +328,7 @@ class PyramidFlow(Model):
         context: Tensor | None,
     ) -> Tensor:  # fmt: skip
         """One level's details for one scan, given the coarser one."""
-        level, device = self.levels[number], next(self.parameters()).device
+        level, device = self.levels[number], self.device
         given = None if context is None else self._at(context, context.to(device), number)[2]
         cond = None if cond is None else cond.to(device)
 

@@ -28,7 +28,7 @@ from torch.distributions import Independent, Normal
 from zuko.flows import NSF
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, Loss, Model, ModelConfig
+from medgen.models.base import Ability, Loss, Model, ModelConfig, conditional
 from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.prob.divergences import kl_to_standard_normal, with_free_bits
@@ -155,7 +155,7 @@ class VAE(Model):
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
         """A VAE samples, encodes, decodes, reconstructs, restores and bounds its density."""
-        return frozenset({"samples", "encodes", "decodes", "reconstructs", "restores", "bounds_density"})
+        return conditional(config, {"samples", "encodes", "decodes", "reconstructs", "restores", "bounds_density"})
 
     @property
     def log_scale(self) -> Float[Tensor, " c"]:

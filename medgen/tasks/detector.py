@@ -35,10 +35,10 @@ from medgen.models.base import (
     EstimatesDensity,
     MapsDensity,
     Model,
-    ModelConfig,
     Reconstructs,
     Restores,
     ScoresDensity,
+    each_class,
 )
 from medgen.tasks.calibration import Normals, normals, tail_mean
 from medgen.tasks.capabilities import can, families_that
@@ -135,8 +135,9 @@ def examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Ten
         CapabilityError: the model cannot score.
     """
     require_scoring(model)
-    batch = batch.to(next(model.parameters()).device)
-    found = [_examined(model, replace(batch, cond=cond)) for cond in _conditions(model.config, batch)]
+    batch = batch.to(model.device)
+    hypotheses = each_class(model.config, batch.cond, len(batch.x), model.device)
+    found = [_examined(model, replace(batch, cond=cond)) for cond in hypotheses]
     scores = torch.stack([score for score, _ in found])
     nearest, rows = scores.argmin(0), torch.arange(len(batch.x), device=scores.device)
     maps = [residual for _, residual in found if residual is not None]
@@ -168,19 +169,6 @@ def log_density(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[
 
 
 # -- one hypothesis ------------------------------------------------------------------------------------
-
-
-def _conditions(config: ModelConfig, batch: Batch) -> list[Tensor | None]:
-    """What to tell the model of the batch: each class in turn, with the covariates that are known."""
-    classes, n, device = len(config.classes), len(batch.x), batch.x.device
-    if not getattr(config, "covariates", ()):
-        return [torch.full((n,), c, dtype=torch.long, device=device) for c in range(classes)] or [None]
-    width = getattr(config, "condition_width", 0)
-    told = torch.zeros(n, width, device=device) if batch.cond is None else batch.cond
-    if not classes:
-        return [told]
-    each = torch.eye(classes, device=device)
-    return [torch.cat([each[c].expand(n, -1), told[:, classes:]], 1) for c in range(classes)]
 
 
 def _examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *space"] | None]:
@@ -276,7 +264,7 @@ def held_out_metrics(model: Model, data: ScanDataset) -> dict[str, float]:
     kinds = [names for ability, names in _DENSITIES.items() if can(model, ability)]
     ratios, densities, errors = [], [], []
     for batch in data.batches(8):
-        batch = batch.to(next(model.parameters()).device)
+        batch = batch.to(model.device)
         if can(model, "reconstructs"):
             twin = cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **_given(batch))
             ratios.append(psnr(twin, batch.x))

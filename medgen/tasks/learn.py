@@ -112,7 +112,7 @@ def learn(
         state_folder=work.folder / "training",
         seconds=seconds,
     )
-    model.finalise(batch.to(_device(model)) for batch in train_set.batches(settings.batch_size))
+    model.finalise(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
     contract = _contract(plan, train_set)
     held = _held_out(plan, options)
     calibration, tensors = calibrate(model, held) if held and can_score(model) else ({}, {})
@@ -227,10 +227,6 @@ def _why_stopped(reached: Progress, settings: FitConfig) -> str:
     if reached.stale >= settings.patience:
         return "early: no better on held-out scans"
     return "at the planned images" if reached.seen >= settings.images else "when the time was up"
-
-
-def _device(model: Model) -> torch.device:
-    return next(model.parameters()).device
 
 
 __all__ = ["learn", "preview", "train"]

@@ -1,20 +1,16 @@
 """Train any model: `forward(batch, player)` is the loss, images seen are the clock."""
 
 import copy
-import logging
 import math
-import os
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-from lightning_fabric import Fabric
-from lightning_fabric.plugins import MixedPrecision
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
@@ -24,6 +20,7 @@ from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
 from medgen.seeds import derived_seed
 from medgen.training.ema import MovingAverage
+from medgen.training.fabric import fabric_for
 from medgen.training.spans import active, last_stage, placed, schedule, stage
 from medgen.training.state import Progress, load_state, optimizer_tensors, restore_optimizer, save_state
 
@@ -95,6 +92,8 @@ def fit(
         TrainingError: a loss is not finite (the message names its term), or memory ran out.
         KeyboardInterrupt: Ctrl-C; the state was saved at the end of the running step.
     """
+    if not model.players():  # all of it has a closed form, which `finalise` finds
+        return Progress(finished=True)
     run = _Run(model, train, val, config, seed=seed, device=device, state_folder=state_folder)
     try:
         run.train(seconds)
@@ -175,6 +174,7 @@ class _Run:
         done.seconds += time.monotonic() - started
         self.model.load_state_dict(self.best)
         self.model.eval()
+        self.model.progress = 1.0
 
     def _batches(self) -> Iterator[Batch]:
         batch = self.config.batch_size
@@ -188,6 +188,7 @@ class _Run:
         """One update of every active player; returns the first one's loss, nats a voxel."""
         config, seen, shown = self.config, self.progress.seen, []
         self.model.train()
+        self.model.progress = seen / config.images
         for player, optimizer in zip(self.players, self.optimizers, strict=True):
             if not active(player, seen, config.batch_size):
                 continue
@@ -289,39 +290,6 @@ class _Run:
 # -- parts ---------------------------------------------------------------------------------------
 
 
-def fabric_for(device: str, precision: str, *, mixed: bool) -> Fabric:
-    """The device and precision to compute with; `mixed` is what 'auto' means on a machine with native bfloat16."""
-    accelerator = {"cuda": "gpu"}.get(device, device)
-    mixed = precision == "bfloat16" or (precision == "auto" and mixed and native_bfloat16(device))
-    devices: Any = "auto" if "LOCAL_RANK" in os.environ or accelerator != "cpu" else 1
-    # Fabric announces its precision on stderr, through a logger and a handler of its own.
-    announcer = logging.getLogger("lightning_fabric")
-    level = announcer.level
-    announcer.setLevel(logging.WARNING)
-    try:
-        half = _HalfInside("bf16-mixed", "cuda" if accelerator != "cpu" and torch.cuda.is_available() else "cpu")
-        fabric = Fabric(accelerator=accelerator, devices=devices, plugins=half if mixed else None)
-        fabric.launch()
-    finally:
-        announcer.setLevel(level)
-    return fabric
-
-
-class _HalfInside(MixedPrecision):
-    """bfloat16 inside the model alone: scans come in as they are, since 8 bits of mantissa lose grey values."""
-
-    def convert_input(self, data: Any) -> Any:
-        """Unchanged."""
-        return data
-
-
-def native_bfloat16(device: str) -> bool:
-    """Whether the device computes in bfloat16 by itself."""
-    if device in ("auto", "cuda") and torch.cuda.is_available():
-        return torch.cuda.is_bf16_supported()
-    return device in ("auto", "cpu") and torch.cpu._is_avx512_bf16_supported()
-
-
 def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfig, *, device: str) -> tuple[int, float]:
     """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps."""
     trial = copy.deepcopy(model)
@@ -395,4 +363,4 @@ def _interruption() -> Iterator[threading.Event]:
         signal.signal(signal.SIGINT, before)
 
 
-__all__ = ["FitConfig", "check_finite", "fabric_for", "fit", "images_in", "native_bfloat16"]
+__all__ = ["FitConfig", "check_finite", "fit", "images_in"]
