@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
@@ -35,8 +35,18 @@ class _Conv3d(_FullPrecisionWhereSmall, nn.Conv3d):
 
 def conv(dims: Literal[2, 3] | int, inside: int, outside: int, kernel: int = 3, stride: int = 1) -> nn.Module:
     """A convolution that keeps the size (or divides it by `stride`)."""
-    kind = _Conv2d if dims == 2 else _Conv3d
-    return kind(inside, outside, kernel, stride=stride, padding=kernel // 2)
+    return lopsided(dims, inside, outside, (kernel,) * dims, stride=stride)
+
+
+def lopsided(
+    dims: int, inside: int, outside: int, kernels: Sequence[int], *, padded: Sequence[bool] = (), stride: int = 1,
+    dilations: Sequence[int] | int = 1,
+) -> nn.Module:  # fmt: skip
+    """A convolution with a kernel size an axis, that keeps the size of all axes or of those that are `padded`."""
+    kind: Any = _Conv2d if dims == 2 else _Conv3d
+    padding = tuple(size // 2 if keep else 0 for size, keep in zip(kernels, padded or (True,) * dims, strict=True))
+    dilations = dilations if isinstance(dilations, int) else tuple(dilations)
+    return kind(inside, outside, tuple(kernels), stride=stride, padding=padding, dilation=dilations)
 
 
 def norm(width: int) -> nn.GroupNorm:
@@ -245,6 +255,6 @@ def channels_last(module: nn.Module, dims: int) -> nn.Module:
 
 __all__ = [
     "ConditionBias", "Decoder", "Encoder", "Fold", "Residual", "Unfold", "Up",
-    "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "norm", "spread", "squeezed",
-    "squeezes", "to_blocks",
+    "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "lopsided", "norm", "spread",
+    "squeezed", "squeezes", "to_blocks",
 ]  # fmt: skip
