@@ -10,11 +10,13 @@ if TYPE_CHECKING:
 
 # Everything a bundle or a config can name. A new family is one file and one line here.
 FAMILIES = {
+    "autoencoder": "medgen.models.autoencoder:Autoencoder",
     "flow": "medgen.models.flow:Flow",
     "flowmatch": "medgen.models.flowmatch:FlowMatch",
     "latentflowmatch": "medgen.models.latentflowmatch:LatentFlowMatch",
     "pyramidflow": "medgen.models.pyramidflow:PyramidFlow",
     "vae": "medgen.models.vae:VAE",
+    "vqvae": "medgen.models.vqvae:VQVAE",
 }
 
 
