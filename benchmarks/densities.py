@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medgen.config import Preset
 from medgen.data.dataset import Batch, collate
-from medgen.models import build, config_of
+from medgen.models import build, config_of, family
 from medgen.models.base import Model
 from medgen.nets.blocks import count_parameters
 from medgen.training.fit import FitConfig, fit, images_in
@@ -58,7 +58,9 @@ def trained(
     """A preset trained on grey levels (n, *space) within the minutes, with the checkpoint chosen on `held`."""
     began = time.monotonic()
     torch.manual_seed(seed)
-    model = build(config_of({**preset.model, "shape": train.shape[1:], "channels": 1, "bits": 8}))
+    values = {**preset.model, "shape": train.shape[1:], "channels": 1}
+    grey = {"bits": 8} if "bits" in family(preset.model["kind"]).Config.model_fields else {}
+    model = build(config_of(values | grey))
     settings = FitConfig.model_validate(preset.fit)
     possible, _ = images_in(0.8 * minutes, model, GreyScans(train), settings, device="cpu")
     settings = settings.model_copy(update={"images": min(settings.images, possible)})

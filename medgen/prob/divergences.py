@@ -23,4 +23,17 @@ def with_free_bits(kl: Float[Tensor, "b *latent"], free_bits: float) -> Float[Te
     return torch.clamp(kl, min=free_bits).flatten(1).sum(1)
 
 
-__all__ = ["kl_to_standard_normal", "with_free_bits"]
+def activity(codes: Float[Tensor, "n latent *positions"]) -> Float[Tensor, " latent"]:
+    """Variance over scans of posterior means, the mean of it over positions; a unit above 0.01 is active.
+
+    Burda et al. 2016, "Importance weighted autoencoders", section 5.2.
+
+    Args:
+        codes: posterior means of n scans.
+    """
+    if len(codes) < 2:
+        return codes.new_zeros(codes.shape[1])
+    return codes.var(0).flatten(1).mean(1)
+
+
+__all__ = ["activity", "kl_to_standard_normal", "with_free_bits"]

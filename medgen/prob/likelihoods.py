@@ -57,18 +57,21 @@ class DiscretisedLogistic(Distribution):
 
 
 def likelihood(
-    kind: LikelihoodName, output: Float[Tensor, "b c *space"], log_scale: Float[Tensor, " c"]
+    kind: LikelihoodName,
+    output: Float[Tensor, "b c *space"],
+    log_scale: Float[Tensor, " c"] | Float[Tensor, "b c *space"],
 ) -> Independent:
     """p(x | z) of a decoder's `output`, one event an image, log density in nats.
 
     Args:
         kind: which noise.
         output: the decoder's last layer; the mean (Bernoulli: the logit).
-        log_scale: one learned log sigma per channel (Rybkin et al. 2021, "Simple and effective VAE
-            training with calibrated decoders"); Bernoulli has none.
+        log_scale: a learned log sigma for each channel (Rybkin et al. 2021, "Simple and effective VAE
+            training with calibrated decoders"), or each voxel; Bernoulli has none.
     """
     event_dims = output.ndim - 1
-    scale = log_scale.clamp(min=_LEAST_LOG_SCALE).exp().reshape(1, -1, *[1] * (event_dims - 1))
+    scale = log_scale.clamp(min=_LEAST_LOG_SCALE).exp()
+    scale = scale.reshape(1, -1, *[1] * (event_dims - 1)) if scale.ndim == 1 else scale
     if kind == "bernoulli":
         return Independent(Bernoulli(logits=output, validate_args=False), event_dims, validate_args=False)
     noise = {"gaussian": Normal, "laplace": Laplace}.get(kind)
