@@ -39,7 +39,9 @@ BATCH, CLASSES = 3, ("calm", "stormy", "windy", "foggy")
 def minimal(values: dict, dims: int, channels: int, classes: tuple[str, ...]) -> dict:
     """A small config of the same family: narrow, and two different axes that suit its stride."""
     stride = family(values["kind"]).stride(values)
-    space = (2 * stride, 4 * stride) if dims == 2 else (stride, 2 * stride, 2 * stride)
+    # Two voxels or more along each axis: what is masked has something before it.
+    least = max(2, stride)
+    space = (2 * stride, 4 * stride) if dims == 2 else (least, 2 * stride, 2 * least)
     fields = family(values["kind"]).Config.model_fields
     small = {"width": 8, "latent": 4, "depth": 1}
     return values | {k: v for k, v in small.items() if k in fields} | {
