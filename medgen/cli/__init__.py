@@ -20,7 +20,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Run the command line; a user's mistake gets one sentence and an exit code, never a traceback."""
-    from medgen.cli import data, model, task  # noqa: F401  (they add their commands)
+    from medgen.cli import codes, data, model, task  # noqa: F401  (they add their commands)
 
     try:
         app()

@@ -20,9 +20,8 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import mask_view, model_view, real_view
 from medgen.data.manifest import Manifest, Row, index
-from medgen.data.window import flat, prepared, real_voxels, what_was_cut
-from medgen.errors import BundleError, DataError, MedgenError, OutputError
-from medgen.grid import Grid
+from medgen.data.window import flat
+from medgen.errors import DataError, MedgenError, OutputError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.report.pictures import overlay
@@ -30,6 +29,7 @@ from medgen.scan import Header, Scale, Scan
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
 from medgen.tasks.conditions import conditions_for, told_of
 from medgen.tasks.detector import Detector, makes_maps
+from medgen.tasks.intake import taken_in
 from medgen.tasks.workspace import Workspace
 
 
@@ -170,14 +170,10 @@ class _Run:
     def score(self, row: Row, manifest: Manifest) -> Scored:
         """Score one scan and write its files; whatever is wrong with it becomes its `error`."""
         try:
-            source = io.read(manifest.locate(row.path), self.options)
-            seen = flat(source)
-            warnings = self.bundle.contract.check(seen)
-            warnings += _field_of_view(seen.grid, self.bundle.recipe.grid(seen))
-            ready, real = prepared(seen, self.bundle.recipe)
-            warnings += filter(None, [what_was_cut(seen, ready, self.bundle.recipe)])
-            score, z = self._detected(ready, real, row, manifest)
-            scored = self._placed(row.case, score, tuple(warnings))
+            found = taken_in(self.bundle, manifest.locate(row.path), self.options)
+            source, ready = found.source, found.ready
+            score, z = self._detected(ready, found.real, row, manifest)
+            scored = self._placed(row.case, score, found.warnings)
             if z is None:
                 return scored
             scored = replace(scored, z_max=round(float(np.nanmax(z)), 3))
@@ -235,21 +231,6 @@ class _Run:
         title = f"{scored.case}: score {scored.score:.4g}, {said}, highest z {scored.z_max:.1f}"
         overlay(flat(source), flat(on_source), self.folder / "pictures" / f"{name}.png", title=title)
         return scored
-
-
-def _field_of_view(source: Grid, window: Grid) -> list[str]:
-    """Refuse a scan that the model's window misses; warn when much of the window is empty.
-
-    Raises:
-        BundleError: less than a third of the window lies inside the scan.
-    """
-    inside = real_voxels(window, source).mean()
-    if inside < 1 / 3:
-        raise BundleError(
-            f"Only {inside:.0%} of the model's field of view lies inside this scan: another body part, or another "
-            "space than the training scans. Register it to their space, or train on scans like it."
-        )
-    return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
 
 
 def file_name(case: str) -> str:

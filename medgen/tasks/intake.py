@@ -1,0 +1,72 @@
+"""A scan as a bundle's model takes it: read, held against the contract, prepared."""
+
+from dataclasses import dataclass
+
+import numpy as np
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from medgen import io
+from medgen.bundle import Bundle
+from medgen.data.dataset import model_view
+from medgen.data.window import flat, prepared, real_voxels, what_was_cut
+from medgen.errors import BundleError
+from medgen.grid import Grid
+from medgen.io.source import ReadOptions
+from medgen.scan import Scan
+
+
+@dataclass(frozen=True, eq=False)
+class Intake:
+    """One scan on its way into a model.
+
+    Args:
+        source: as it was read.
+        ready: after the bundle's recipe.
+        real: which voxels of `ready` were measured rather than padded.
+        warnings: what is unusual about the file.
+    """
+
+    source: Scan
+    ready: Scan
+    real: Bool[np.ndarray, "i j k"]
+    warnings: tuple[str, ...]
+
+    @property
+    def x(self) -> Float[Tensor, "1 c *space"]:
+        """The voxels as the model sees them."""
+        return model_view(self.ready)[None]
+
+
+def taken_in(bundle: Bundle, path: str, options: ReadOptions) -> Intake:
+    """Read and prepare the scan at `path`.
+
+    Raises:
+        DataError: it cannot be read, or shows nothing.
+        BundleError: it is not what the bundle was trained on, or its model sees next to nothing of it.
+    """
+    source = io.read(path, options)
+    seen = flat(source)
+    warnings = bundle.contract.check(seen)
+    warnings += _field_of_view(seen.grid, bundle.recipe.grid(seen))
+    ready, real = prepared(seen, bundle.recipe)
+    warnings += filter(None, [what_was_cut(seen, ready, bundle.recipe)])
+    return Intake(source, ready, real, tuple(warnings))
+
+
+def _field_of_view(source: Grid, window: Grid) -> list[str]:
+    """Refuse a scan that the model's window misses; warn when much of the window is empty.
+
+    Raises:
+        BundleError: less than a third of the window lies inside the scan.
+    """
+    inside = real_voxels(window, source).mean()
+    if inside < 1 / 3:
+        raise BundleError(
+            f"Only {inside:.0%} of the model's field of view lies inside this scan: another body part, or another "
+            "space than the training scans. Register it to their space, or train on scans like it."
+        )
+    return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
+
+
+__all__ = ["Intake", "taken_in"]
