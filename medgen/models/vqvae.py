@@ -273,9 +273,11 @@ class VQVAE(Model):
     @torch.no_grad()
     def health(self, batches: Iterable[Batch]) -> dict[str, float]:
         """How many of the codes these scans use, and how many it would be were all used alike (the perplexity)."""
+        # Codes that are equal are one.
+        _, kind = torch.unique(self.codebook.vectors, dim=0, return_inverse=True)
         used = torch.zeros(self.config.codes, dtype=torch.float64)
         for batch in batches:
-            used += torch.bincount(self.code_map(batch.x).flatten(), minlength=self.config.codes).cpu()
+            used += torch.bincount(kind[self.code_map(batch.x)].flatten(), minlength=self.config.codes).cpu()
         shares = used / used.sum().clamp(min=1)
         perplexity = float(torch.special.entr(shares).sum().exp())
         return {"codes_used": int((used > 0).sum()), "codes": self.config.codes, "code_perplexity": perplexity}
@@ -339,16 +341,17 @@ class VQVAE(Model):
         blank = torch.sigmoid(self.template) if self.config.likelihood == "bernoulli" else self.template
         codes, told = self.code_map(torch.where(hole, blank, x)), self._told(cond, len(x))
         free = to_blocks(hole.float(), self.block).amax(-1) > 0
-        fillings, weights, scans = [], [], []
-        for number in range(_TRIES):
-            uniform = self._uniform(derived_seed(seed, 3, number)).to(x.device).expand(codes.shape)
-            filling = redrawn(self.prior, codes, free, uniform, told)
+        noise = torch.stack([self._uniform(derived_seed(seed, 3, n)) for n in range(_TRIES)]).to(x.device)
+        # All fillings at once: (tries * b, *positions), the tries of a scan b apart.
+        many = [t if t is None else t.repeat(_TRIES, *[1] * (t.ndim - 1)) for t in (codes, free, told)]
+        fillings = redrawn(self.prior, many[0], many[1], noise.repeat_interleave(len(x), 0), many[2])
+        scans, weights = [], []
+        for filling in fillings.split(len(x)):
             told_scan = self.decode(self.codebook.look_up(filling))
             around = torch.where(hole, 0.0, _voxel_log_prob(told_scan, x)).flatten(1).sum(1)
             after = torch.where(free, 0.0, self._code_parts(filling, told)[:, 0]).flatten(1).sum(1)
-            fillings.append(filling)
-            weights.append(around + after)
             scans.append(told_scan.mean)
+            weights.append(around + after)
         cumulated = torch.stack(weights, 1).double().softmax(1).cumsum(1)
         at = float(voxel_uniform((1, 1), seed=derived_seed(seed, 4)))
         best = (cumulated < at).sum(1).clamp(max=_TRIES - 1)
