@@ -11,9 +11,12 @@ if TYPE_CHECKING:
 # Everything a bundle or a config can name. A new family is one file and one line here.
 FAMILIES = {
     "autoencoder": "medgen.models.autoencoder:Autoencoder",
+    "autoregressive": "medgen.models.autoregressive:Autoregressive",
     "flow": "medgen.models.flow:Flow",
     "flowmatch": "medgen.models.flowmatch:FlowMatch",
+    "hvae": "medgen.models.hvae:HVAE",
     "latentflowmatch": "medgen.models.latentflowmatch:LatentFlowMatch",
+    "mixture": "medgen.models.mixture:Mixture",
     "pyramidflow": "medgen.models.pyramidflow:PyramidFlow",
     "vae": "medgen.models.vae:VAE",
     "vqvae": "medgen.models.vqvae:VQVAE",

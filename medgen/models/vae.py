@@ -11,9 +11,12 @@ plus a network that starts at zero. The linear maps begin as probabilistic PCA o
 (or blocks), the optimal linear VAE (Tipping & Bishop 1999, equations 6 to 9; Lucas et al. 2019, "Don't
 blame the ELBO"), so training starts where PCA ends and a code does not collapse.
 
-p(z) is the standard normal, or a flow trained with the rest (`prior`; Chen et al. 2017, "Variational lossy
-autoencoder", section 3.2): a neural spline flow on vectors, a coupling flow on maps. Without a flow, scans are
-sampled from a Gaussian field fitted to the training codes (`medgen.prob.priors`).
+p(z) is the standard normal, or is trained with the rest (`prior`): a flow (Chen et al. 2017, "Variational lossy
+autoencoder", section 3.2), which is a neural spline flow on vectors and a coupling flow on maps; a mixture of
+Gaussians; or a VampPrior, the mixture of what the encoder makes of learned pseudo-inputs (Tomczak & Welling 2018).
+Under the standard normal, scans are sampled from a Gaussian field fitted to the training codes (`medgen.prob.priors`).
+
+With `mmd` the codes of a batch are besides drawn to the prior as a whole (Zhao et al. 2019, "InfoVAE", equation 6).
 """
 
 from collections.abc import Iterable
@@ -22,37 +25,26 @@ from typing import Any, Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Independent, Normal
-from zuko.flows import NSF
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, Loss, Model, ModelConfig, conditional
+from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig, conditional
 from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
-from medgen.prob.divergences import kl_to_standard_normal, with_free_bits
+from medgen.prob.codeprior import CodeMixture, CodeSpline, FlowPrior, PriorConfig, VampPrior, pseudo_inputs
+from medgen.prob.divergences import activity, kl_to_standard_normal, mmd, with_free_bits
 from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
-from medgen.prob.point import Point
 from medgen.prob.priors import CodeField, principal_components
 from medgen.seeds import derived_seed, seeded_noise
 
 # Scans decoded together when sampling; always this many, so that sample i never depends on n.
 _MICRO_BATCH = {2: 16, 3: 1}
-
-
-class FlowPrior(BaseModel):
-    """p(z) as a flow.
-
-    Args:
-        steps: transforms of a vector (autoregressive splines), couplings of a map.
-        width: features inside them.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    steps: int = Field(default=3, ge=1, le=64)
-    width: int = Field(default=64, ge=1)
+# Noise begins no smaller than this, where it still learns.
+_LEAST_LOG_SCALE = -5.0
+# Codes whose discrepancy from the prior is computed at a time.
+_MOST_CODES = 512
 
 
 class VAE(Model):
@@ -64,7 +56,7 @@ class VAE(Model):
         torch.Size([3, 1, 16, 16])
     """
 
-    class Config(ModelConfig):
+    class Config(CovariateConfig):
         """A VAE.
 
         Args:
@@ -76,9 +68,11 @@ class VAE(Model):
             fold: block size turned into channels first; 2 makes volumes eight times cheaper.
             depth: residual blocks a level.
             likelihood: noise of p(x | z).
-            beta: weight of the KL term; 1 is the evidence lower bound.
+            beta: weight of the KL term; 1 is the evidence lower bound (Higgins et al. 2017, "beta-VAE").
             free_bits: nats every latent dimension may cost without being pushed towards the prior.
-            prior: a flow over codes; none is the standard normal.
+            warmup: part of training over which the KL term's weight rises to `beta` (Bowman et al. 2016).
+            mmd: weight of the discrepancy between the codes of a batch and the prior.
+            prior: of codes, trained with the rest; none is the standard normal.
         """
 
         kind: Literal["vae"] = "vae"
@@ -91,7 +85,9 @@ class VAE(Model):
         likelihood: LikelihoodName = "gaussian"
         beta: float = Field(default=1.0, ge=0)
         free_bits: float = Field(default=0.0, ge=0)
-        prior: FlowPrior | None = None
+        warmup: float = Field(default=0.0, ge=0, le=1)
+        mmd: float = Field(default=0.0, ge=0)
+        prior: PriorConfig | None = None
 
         @property
         def stride(self) -> int:
@@ -113,8 +109,8 @@ class VAE(Model):
             if any(n % self.stride for n in self.shape):
                 raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
             if self.prior and self.free_bits:
-                raise ValueError("free_bits are counted a dimension, which a flow prior does not tell apart; set one")
-            if self.prior and self.code == "map" and self.latent < 2:
+                raise ValueError("free_bits are counted by dimension, which a learned prior does not tell apart")
+            if isinstance(self.prior, FlowPrior) and self.code == "map" and self.latent < 2:
                 raise ValueError("a flow prior over a map couples channels; latent must be 2 or more")
             return self
 
@@ -123,8 +119,8 @@ class VAE(Model):
     def __init__(self, config: "VAE.Config") -> None:
         super().__init__()
         self.config = config
-        dims, classes = config.dims, len(config.classes)
-        sizes = {"fold": config.fold, "depth": config.depth, "classes": classes}
+        dims = config.dims
+        sizes = {"fold": config.fold, "depth": config.depth, "classes": config.condition_width}
         self.encoder = Encoder(dims, config.channels, config.width, config.levels, **sizes)
         self.decoder = Decoder(dims, config.channels, config.width, config.levels, **sizes)
         # What one code position stands for: a block of voxels, and a block of coarse features.
@@ -139,8 +135,10 @@ class VAE(Model):
         self.from_code = nn.Linear(config.latent, features)
         self.template = nn.Parameter(torch.zeros(1, config.channels, *config.shape))
         self.slow_log_scale = nn.Parameter(torch.zeros(config.channels))
-        self.field = CodeField(config.code_shape, max(1, classes))
+        self.field = CodeField(config.code_shape, max(1, len(config.classes)))
         self.prior = _prior(config)
+        vamp = config.prior.components if isinstance(config.prior, VampPrior) else 0
+        self.pseudo = nn.Parameter(torch.zeros(vamp, config.channels, *config.shape)) if vamp else None
         for parameter in (*self.to_code.parameters(), *self.decoder.head[0].parameters()):
             nn.init.zeros_(parameter)
         channels_last(self, dims)
@@ -183,60 +181,107 @@ class VAE(Model):
     # -- training ------------------------------------------------------------------------------
 
     def forward(self, batch: Batch, player: str = "model") -> Loss:
-        """The negative evidence lower bound, nats a scan."""
-        posterior = self.encode(batch.x, batch.cond)
+        """The negative evidence lower bound, nats a scan; with `mmd`, the batch's discrepancy for each scan, too."""
+        config, posterior = self.config, self.encode(batch.x, batch.cond)
         z = posterior.rsample()
         distortion = -self.decode(z, batch.cond).log_prob(batch.x)
-        rate = self._rate(posterior, z, batch.cond, self.config.free_bits)
-        return Loss(distortion + self.config.beta * rate, {"distortion": distortion, "rate": rate})
+        rate = self._rate(posterior, z, batch.cond, config.free_bits)
+        rising = min(1.0, self.progress / config.warmup) if self.training and config.warmup else 1.0
+        total, terms = distortion + config.beta * rising * rate, {"distortion": distortion, "rate": rate}
+        if config.mmd:
+            terms["mmd"] = self._discrepancy(z, batch.cond).expand(len(z))
+            total = total + config.mmd * terms["mmd"]
+        return Loss(total, terms)
 
     def _rate(self, posterior: Independent, z: Tensor, cond: Tensor | None, free_bits: float) -> Float[Tensor, " b"]:
-        """What codes cost, nats: KL(q || p), or log q(z) - log p(z) at the drawn code under a flow."""
+        """What codes cost, nats: KL(q || p), or log q(z) - log p(z) at the drawn code under a learned prior."""
         if self.prior is None:
             return with_free_bits(kl_to_standard_normal(posterior), free_bits)
+        if isinstance(self.prior, CodeMixture):
+            return posterior.log_prob(z) - self.prior.log_prob(z.flatten(1), cond, self._pseudo_posteriors())
+        if isinstance(self.prior, CodeSpline):
+            return posterior.log_prob(z) - self.prior.log_prob(z.flatten(1), cond)
         return posterior.log_prob(z) + self.prior(Batch(z, cond)).total
+
+    def _pseudo_posteriors(self) -> Independent | None:
+        """q(z | u_k) of the pseudo-inputs, of which nothing else is known; None without."""
+        return None if self.pseudo is None else self.encode(self.pseudo)
+
+    def _discrepancy(self, z: Float[Tensor, "b *code"], cond: Tensor | None) -> Float[Tensor, ""]:
+        """Between the codes of a batch, position by position, and as many of the prior."""
+        with torch.no_grad():
+            noise = torch.randn_like(z).flatten(1)
+            drawn = self._from_noise(torch.rand(len(z), device=z.device), noise, cond).reshape(z.shape)
+        rows, others = (one.movedim(1, -1).flatten(0, -2) for one in (z, drawn))
+        kept = torch.randperm(len(rows), device=rows.device)[:_MOST_CODES]
+        return mmd(rows[kept], others[kept])
 
     def initialise(self, batch: Batch) -> None:
         """Start from probabilistic PCA of the scans (of their blocks, for a map), in closed form."""
         with torch.no_grad():
             mean = batch.x.mean(0, keepdim=True)
             rows = to_blocks(batch.x - mean, self.scan_block).flatten(0, -2)
-            pca = principal_components(rows, self.config.latent)
+            # Few scans span few directions: more would fit their noise, and leave none to be seen.
+            told = min(self.config.latent, max(1, len(rows) // 4))
+            pca = principal_components(rows, told)
             self.template.copy_(mean)
             # Posterior mean and spread of the linear model: M^-1 W^T (x - m) and sigma^2 M^-1.
             strength = (pca.variances - pca.residual).clamp(min=1e-12).sqrt()
-            self.linear_out.weight.copy_((pca.directions * strength[:, None]).T)
-            self.linear_in.weight.copy_(pca.directions * (strength / pca.variances)[:, None])
-            self.linear_in.bias.zero_()
-            self.linear_out.bias.zero_()
-            self.to_code.bias[self.config.latent :] = 0.5 * (pca.residual / pca.variances).log()
+            for parameter in (*self.linear_in.parameters(), *self.linear_out.parameters()):
+                parameter.zero_()
+            self.linear_out.weight[:, :told] = (pca.directions * strength[:, None]).T
+            self.linear_in.weight[:told] = pca.directions * (strength / pca.variances)[:, None]
+            self.to_code.bias[self.config.latent :][:told] = 0.5 * (pca.residual / pca.variances).log()
             if self.config.likelihood == "bernoulli":
                 self.template.copy_(torch.logit(mean.clamp(0.01, 0.99)))
                 self.linear_out.weight.mul_(4.0)  # the slope of the logit at one half
             output = self.decode(self.encode(batch.x, batch.cond).mean, batch.cond).mean
-            self.slow_log_scale.copy_(best_log_scale(self.config.likelihood, batch.x, output) / 10)
-            if isinstance(self.prior, Flow):
-                # As training will see them: the means of codes that tell nothing have no spread to be normalised by.
-                posterior = self.encode(batch.x, batch.cond)
-                noise = seeded_noise(tuple(posterior.mean.shape), seed=0).to(posterior.mean)
-                self.prior.initialise(Batch(posterior.mean + posterior.stddev * noise, batch.cond))
+            best = best_log_scale(self.config.likelihood, batch.x, output)
+            self.slow_log_scale.copy_(best.clamp(min=_LEAST_LOG_SCALE) / 10)
+            self._start_prior(batch)
+
+    def _start_prior(self, batch: Batch) -> None:
+        """From codes as training will see them: means of codes that tell nothing have no spread to begin with."""
+        posterior = self.encode(batch.x, batch.cond)
+        noise = seeded_noise(tuple(posterior.mean.shape), seed=0).to(posterior.mean)
+        codes = posterior.mean + posterior.stddev * noise
+        if isinstance(self.prior, Flow):
+            self.prior.initialise(Batch(codes, batch.cond))
+        elif self.pseudo is not None:
+            self.pseudo.copy_(pseudo_inputs(batch.x, len(self.pseudo)))
+        elif isinstance(self.prior, CodeMixture):
+            self.prior.start(codes.flatten(1))
 
     def finalise(self, batches: Iterable[Batch]) -> None:
-        """Fit the Gaussian field that sampling draws codes from."""
+        """Fit the Gaussian field that restores scans, and that sampling draws codes from without a learned prior."""
         codes, spreads, conds = [], [], []
         with torch.no_grad():
             for batch in batches:
                 posterior = self.encode(batch.x, batch.cond)
                 codes.append(posterior.mean)
                 spreads.append(posterior.variance)
-                conds.append(torch.zeros(len(batch.x), dtype=torch.long) if batch.cond is None else batch.cond.cpu())
+                index = self._class_of(batch.cond)
+                conds.append(torch.zeros(len(batch.x), dtype=torch.long) if index is None else index.cpu())
         self.field.fit(torch.cat(codes), torch.cat(spreads), torch.cat(conds))
+
+    def _class_of(self, cond: Tensor | None) -> Tensor | None:
+        """Class indices, which also stand in rows of classes and covariates; None where there are no classes."""
+        if cond is None or cond.ndim == 1:
+            return cond
+        classes = len(self.config.classes)
+        return cond[:, :classes].argmax(1) if classes else None
+
+    @torch.no_grad()
+    def health(self, batches: Iterable[Batch]) -> dict[str, float]:
+        """How many channels of the code tell scans apart (Burda et al. 2016): with none, the posterior collapsed."""
+        codes = torch.cat([self.encode(batch.x, batch.cond).mean for batch in batches])
+        return {"active_units": float((activity(codes) > 0.01).sum()), "units": float(self.config.latent)}
 
     # -- abilities -----------------------------------------------------------------------------
 
     @torch.no_grad()
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
-        """`n` scans: the mean of p(x | z) for z from the flow prior, or else from the fitted code field."""
+        """`n` scans: the mean of p(x | z) for z from the learned prior, or else from the fitted code field."""
         size = _MICRO_BATCH[self.config.dims]
         drawn = []
         for first in range(0, n, size):
@@ -249,9 +294,23 @@ class VAE(Model):
     def _codes(self, count: int, seed: int, first: int, cond: Tensor | None) -> Float[Tensor, "count *code"]:
         """Codes first, first + 1, ... of this seed."""
         if self.prior is None:
-            return self.field.sample(count, seed=seed, first=first, cond=cond)
+            return self.field.sample(count, seed=seed, first=first, cond=self._class_of(cond))
         noise = seeded_noise((count, prod(self.config.code_shape)), seed=derived_seed(seed, 1), first=first)
-        return self.prior.decode(noise.to(self.log_scale.device), cond).mean.reshape(-1, *self.config.code_shape)
+        chance = torch.special.ndtr(seeded_noise((count,), seed=derived_seed(seed, 2), first=first))
+        return self._from_noise(chance.to(self.device), noise.to(self.device), cond)
+
+    def _from_noise(
+        self, chance: Float[Tensor, " b"], noise: Float[Tensor, "b size"], cond: Tensor | None
+    ) -> Float[Tensor, "b *code"]:
+        """Codes of the prior from noise: uniform, which chooses among Gaussians, and normal."""
+        codes = noise
+        if isinstance(self.prior, CodeMixture):
+            codes = self.prior.draw(chance, noise, cond, self._pseudo_posteriors())
+        elif isinstance(self.prior, CodeSpline):
+            codes = self.prior.draw(noise, cond)
+        elif self.prior is not None:
+            codes = self.prior.decode(noise, cond).mean
+        return codes.reshape(-1, *self.config.code_shape)
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
@@ -268,7 +327,7 @@ class VAE(Model):
         components of the training codes cannot. Nothing is random here, so `seed` has no effect.
         """
         code = self.encode(x, cond).mean
-        healthy = self.field.projected(code, cond)
+        healthy = self.field.projected(code, self._class_of(cond))
         return self.decode(code + strength * (healthy - code), cond).mean
 
     @torch.no_grad()
@@ -284,40 +343,18 @@ class VAE(Model):
         return self.decode(z, cond).log_prob(x) - self._rate(posterior, z, cond, -torch.inf)
 
 
-class _VectorFlow(nn.Module):
-    """A neural spline flow over code vectors, autoregressive, told the class (Durkan et al. 2019; zuko's)."""
-
-    def __init__(self, config: VAE.Config, prior: FlowPrior) -> None:
-        super().__init__()
-        self.classes = len(config.classes)
-        hidden = (prior.width, prior.width)
-        self.flow = NSF(config.latent, context=self.classes, transforms=prior.steps, hidden_features=hidden)
-
-    def _told(self, cond: Tensor | None, z: Tensor) -> Tensor | None:
-        if not self.classes:
-            return None
-        if cond is None:  # of no known class: equally of each
-            return z.new_full((len(z), self.classes), 1 / self.classes)
-        return nn.functional.one_hot(cond, self.classes).to(z)
-
-    def forward(self, batch: Batch) -> Loss:
-        """-log p(z), nats, of codes `batch.x`."""
-        rows = batch.x.flatten(1)
-        with torch.autocast(rows.device.type, enabled=False):
-            return Loss(-self.flow(self._told(batch.cond, rows)).log_prob(rows))
-
-    def decode(self, noise: Float[Tensor, "b latent"], cond: Tensor | None = None) -> Point:
-        """Codes behind standard normal noise."""
-        return Point(self.flow(self._told(cond, noise)).transform.inv(noise))
-
-
-def _prior(config: VAE.Config) -> "_VectorFlow | Flow | None":
-    if config.prior is None:
+def _prior(config: VAE.Config) -> "CodeSpline | CodeMixture | Flow | None":
+    prior, told = config.prior, {"classes": config.classes, "covariates": config.covariates}
+    if prior is None:
         return None
+    size, numbers = prod(config.code_shape), config.condition_width
+    if not isinstance(prior, FlowPrior):
+        return CodeMixture(size, prior.components, conditions=numbers, given=isinstance(prior, VampPrior))
     if config.code == "vector":
-        return _VectorFlow(config, config.prior)
-    fields = {"shape": config.coarse, "channels": config.latent, "classes": config.classes}
-    return Flow(Flow.Config(**fields, bits=0, levels=0, steps=config.prior.steps, width=config.prior.width))
+        sizes = {"steps": prior.steps, "width": prior.width}
+        return CodeSpline(size, **sizes, classes=len(config.classes), conditions=numbers)
+    fields = {"shape": config.coarse, "channels": config.latent, "bits": 0, "levels": 0}
+    return Flow(Flow.Config(**fields, **told, steps=prior.steps, width=prior.width))
 
 
-__all__ = ["VAE", "FlowPrior"]
+__all__ = ["VAE"]

@@ -23,6 +23,21 @@ def with_free_bits(kl: Float[Tensor, "b *latent"], free_bits: float) -> Float[Te
     return torch.clamp(kl, min=free_bits).flatten(1).sum(1)
 
 
+def mmd(a: Float[Tensor, "n d"], b: Float[Tensor, "m d"]) -> Float[Tensor, ""]:
+    """Squared maximum mean discrepancy between two samples, between 0 and 2; 0 where they are the same.
+
+        MMD^2 = mean k(a, a') + mean k(b, b') - 2 mean k(a, b),    k(u, v) = exp(-|u - v|^2 / (2 d))
+
+    Gretton et al. 2012, "A kernel two-sample test", equation 5; the kernel's width is that of N(0, 1) in d dimensions.
+    """
+
+    def likeness(u: Tensor, v: Tensor) -> Tensor:
+        away = (u[:, None] - v[None]).square().sum(2)
+        return torch.exp(-away / (2 * u.shape[1])).mean()
+
+    return likeness(a, a) + likeness(b, b) - 2 * likeness(a, b)
+
+
 def activity(codes: Float[Tensor, "n latent *positions"]) -> Float[Tensor, " latent"]:
     """Variance over scans of posterior means, the mean of it over positions; a unit above 0.01 is active.
 
@@ -36,4 +51,4 @@ def activity(codes: Float[Tensor, "n latent *positions"]) -> Float[Tensor, " lat
     return codes.var(0).flatten(1).mean(1)
 
 
-__all__ = ["activity", "kl_to_standard_normal", "with_free_bits"]
+__all__ = ["activity", "kl_to_standard_normal", "mmd", "with_free_bits"]
