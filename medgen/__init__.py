@@ -23,9 +23,13 @@ if TYPE_CHECKING:
     from medgen.scan import Header, Scale, Scan
     from medgen.tasks.anomaly import score
     from medgen.tasks.augment import augment
+    from medgen.tasks.codes import embed
+    from medgen.tasks.compare import compare
     from medgen.tasks.convert import convert
+    from medgen.tasks.evaluate import evaluate
     from medgen.tasks.learn import train
     from medgen.tasks.look import info, list_models
+    from medgen.tasks.walks import interpolate, traverse
 
 _HOME = {
     "Bundle": "medgen.bundle",
@@ -38,14 +42,19 @@ _HOME = {
     "Scale": "medgen.scan",
     "Scan": "medgen.scan",
     "augment": "medgen.tasks.augment",
+    "compare": "medgen.tasks.compare",
     "convert": "medgen.tasks.convert",
+    "evaluate": "medgen.tasks.evaluate",
+    "embed": "medgen.tasks.codes",
     "find": "medgen.io",
     "index": "medgen.data.manifest",
     "info": "medgen.tasks.look",
+    "interpolate": "medgen.tasks.walks",
     "list_models": "medgen.tasks.look",
     "read": "medgen.io",
     "score": "medgen.tasks.anomaly",
     "train": "medgen.tasks.learn",
+    "traverse": "medgen.tasks.walks",
     "write": "medgen.io",
 }
 
@@ -71,13 +80,18 @@ __all__ = [
     "Scale",
     "Scan",
     "augment",
+    "compare",
     "convert",
+    "embed",
+    "evaluate",
     "find",
     "index",
     "info",
+    "interpolate",
     "list_models",
     "read",
     "score",
     "train",
+    "traverse",
     "write",
 ]

@@ -73,6 +73,16 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in presets_folder().glob("*.yaml"))
 
 
+def preset_for(name: str | Path, dims: int) -> str | Path:
+    """A preset's full name for images or volumes: 'vae' is vae2d or vae3d; full names and files stay as they are.
+
+    >>> preset_for("vae", 3)
+    'vae3d'
+    """
+    full = f"{name}{dims}d"
+    return full if full in preset_names() and str(name) not in preset_names() else name
+
+
 def load_preset(name: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """A preset by name or YAML path, with `a.b=c` overrides.
 
@@ -81,7 +91,7 @@ def load_preset(name: str | Path, overrides: Sequence[str] = ()) -> Preset:
     """
     path = Path(name) if str(name).endswith((".yaml", ".yml")) else presets_folder() / f"{name}.yaml"
     if not path.is_file():
-        close = difflib.get_close_matches(str(name), preset_names(), 1)
+        close = difflib.get_close_matches(str(name), preset_names() + [one[:-2] for one in preset_names()], 1)
         hint = f" Did you mean {close[0]!r}?" if close else ""
         raise ConfigError(f"There is no preset {str(name)!r}.{hint} Presets: {', '.join(preset_names())}.")
     values = _read_yaml(path)
@@ -173,4 +183,4 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-__all__ = ["About", "Preset", "explained", "load_preset", "preset_names", "presets_folder", "typed"]
+__all__ = ["About", "Preset", "explained", "load_preset", "preset_for", "preset_names", "presets_folder", "typed"]

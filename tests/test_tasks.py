@@ -85,7 +85,7 @@ def test_training_leaves_a_bundle_and_nothing_else(heads, heads_bundle):
     )
     assert bundle.calibration["scans"] == len(manifest.split("calibration")) >= 19
     assert bundle.metrics["held_out_psnr_db"] > 10
-    assert np.isfinite(bundle.metrics["held_out_elbo_nats_per_voxel"])
+    assert np.isfinite(bundle.metrics["held_out_bits_per_dim_bound"])
     assert bundle.contract.modality in ("", "MR")
     with Image.open(heads_bundle / "preview.png") as preview:
         assert preview.size[0] > 100

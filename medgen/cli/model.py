@@ -1,6 +1,7 @@
-"""`medgen models` and `medgen train`."""
+"""`medgen models`, `train`, `evaluate` and `compare`."""
 
-from typing import Annotated
+from pathlib import Path
+from typing import Annotated, Literal
 
 import typer
 
@@ -31,18 +32,23 @@ from medgen.cli.shared import (
     speaking,
 )
 
+Split = Literal["test", "all"]
+
 
 @app.command()
 def models(as_json: AsJson = False):
-    """The presets: family, year, paper, dimensions and abilities."""
+    """The presets by family: year, paper, dimensions and abilities."""
     from medgen.tasks.look import list_models
 
     found = list_models()
-    lines = []
+    lines, family = [], ""
     for row in found:
-        lines += [f"{row['preset']}  ({row['dims']}D, {row['family']}, {row['year']})", f"  {row['title']}"]
-        lines += [f"  {row['paper']}", f"  can: {', '.join(row['abilities'])}"]
-    say(lines, {"presets": found}, as_json)
+        if row["family"] != family:
+            family = row["family"]
+            lines += ["", family.upper()]
+        lines += [f"{row['preset']}  ({row['dims']}D, {row['year']})  {row['title']}", f"  {row['paper']}"]
+        lines += [f"  can: {', '.join(row['abilities'])}"]
+    say(lines[1:], {"presets": found}, as_json)
 
 
 @app.command()
@@ -82,6 +88,72 @@ def train(
 
         folder = run(data, out, **choices, device=device, options=options, licence=licence, force=force)
     say([f"Wrote the bundle {folder}.", f"Next: medgen score SCANS -m {folder} -o OUT"], {"bundle": folder}, as_json)
+
+
+@app.command()
+def evaluate(
+    data: Data,
+    bundle: Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)],
+    split: Annotated[Split, typer.Option(help="test: the scans that training set aside.")] = "test",
+    label: Label = None,
+    domain: Domain = None,
+    device: Device = "auto",
+    on_gap: OnGap = "error",
+    on_tilt: OnTilt = "error",
+    xform: Xform = "error",
+    colour: Colour = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+):
+    """How good a bundle is on scans it has not learned from: density, reconstruction, classification."""
+    options = reading(on_gap, on_tilt, xform, colour)
+    with speaking(quiet):
+        from medgen.tasks.evaluate import evaluate as run
+
+        found = run(data, bundle, split=split, label=label, domain=domain, device=device, options=options)
+    say([f"{name}: {value}" for name, value in found.items()], found, as_json)
+
+
+@app.command()
+def compare(
+    data: Data,
+    out: Out,
+    presets: Annotated[str, typer.Option(help="Presets with commas, such as vae,glow [default: one a family].")] = "",
+    label: Label = None,
+    domain: Domain = None,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Training time of each preset.")] = 5,
+    set_: Set = [],  # noqa: B006
+    seed: Seed = 0,
+    device: Device = "auto",
+    on_gap: OnGap = "error",
+    on_tilt: OnTilt = "error",
+    xform: Xform = "error",
+    colour: Colour = False,
+    force: Force = False,
+    dry_run: DryRun = False,
+    as_json: AsJson = False,
+    quiet: Quiet = False,
+):
+    """Train several presets on one folder, with the same splits and voxels, and write one table."""
+    options = reading(on_gap, on_tilt, xform, colour)
+    with speaking(quiet):
+        from medgen.tasks.compare import DEFAULT, lines
+        from medgen.tasks.compare import compare as run
+
+        names = listed(presets) or list(DEFAULT)
+        if dry_run:
+            plan = {"presets": names, "minutes": minutes, "label": label, "domain": domain, "seed": seed, "set": set_}
+            say([f"Would train {', '.join(names)} for {minutes:g} minutes each into {out}."], plan, as_json)
+            return
+        done = run(
+            data, out, presets=names, label=label, domain=domain, overrides=set_, minutes=minutes, seed=seed,
+            device=device, options=options, force=force,
+        )  # fmt: skip
+    table = lines(done.rows) + [f"{row['preset']}: {row['error']}" for row in done.rows if "error" in row]
+    table += [f"Wrote comparison.csv, .json, .md and the bundles to {done.folder}."]
+    say(table, {"folder": done.folder, "rows": done.rows}, as_json)
+    if done.failed:
+        raise typer.Exit(1)
 
 
 def show_plan(data, options, choices: dict, as_json: bool) -> None:

@@ -86,7 +86,8 @@ class _Bars:
             self._told = time.monotonic()
             task = next(task for task in self._progress.tasks if task.id == handle)
             left = "" if task.time_remaining is None else f", about {task.time_remaining / 60:.1f} min left"
-            self.note(f"{task.description}: {task.completed:,.0f} of {task.total or 0:,.0f}{left}  {text}")
+            done = f" {task.completed:,.0f} of {task.total:,.0f}{left} " if task.total else ""
+            self.note(f"{task.description}:{done} {text}")
 
     def stop(self, handle: Any) -> None:
         """Take a bar away."""

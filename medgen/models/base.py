@@ -44,6 +44,14 @@ class ModelConfig(BaseModel):
         """2 for images, 3 for volumes."""
         return len(self.shape)
 
+    @property
+    def grey_levels(self) -> int:
+        """Of how many grey values its density is; 0: of continuous values on [0, 1]."""
+        if getattr(self, "likelihood", "") == "discretised-logistic":
+            return 256
+        bits = getattr(self, "bits", 0)
+        return 2**bits if bits else 0
+
     @model_validator(mode="after")
     def _positive(self) -> "ModelConfig":
         if min(self.shape) < 1:
@@ -82,8 +90,9 @@ class ConditionedConfig(CovariateConfig):
 
 def conditional(config: ModelConfig, abilities: set[Ability]) -> frozenset[Ability]:
     """These abilities, and 'classifies' where a density is told apart by class: p(y | x) follows by Bayes."""
-    told = abilities & {"scores_density", "bounds_density"}
-    return frozenset(abilities | {"classifies"} if told and len(config.classes) > 1 else abilities)
+    told: set[Ability] = {"scores_density", "bounds_density"}
+    more: set[Ability] = {"classifies"} if abilities & told and len(config.classes) > 1 else set()
+    return frozenset(abilities | more)
 
 
 def each_class(config: ModelConfig, cond: Tensor | None, count: int, device: torch.device) -> list[Tensor | None]:

@@ -17,7 +17,6 @@ not those that pad a small scan; a map is NaN there.
 """
 
 from dataclasses import dataclass, replace
-from math import log
 from typing import Any, cast
 
 import numpy as np
@@ -28,32 +27,23 @@ from torch import Tensor
 from medgen.bundle import Bundle
 from medgen.data.dataset import Batch, ScanDataset
 from medgen.errors import CapabilityError
-from medgen.metrics.image import local_mean, psnr, ssim_map
+from medgen.metrics.image import local_mean, ssim_map
 from medgen.models.base import (
     Ability,
-    BoundsDensity,
-    EstimatesDensity,
     MapsDensity,
     Model,
     Reconstructs,
     Restores,
-    ScoresDensity,
     each_class,
 )
 from medgen.tasks.calibration import Normals, normals, tail_mean
 from medgen.tasks.capabilities import can, families_that
+from medgen.tasks.density import DENSITIES, given, log_density
 
 # Windows in voxels; beyond so many maps the spread at a voxel is known well enough.
 _SSIM_WINDOW, _LOCAL_WINDOW = 7, 5
 _MOST_MAPS = {2: 512, 3: 64}
 _TWINS: tuple[Ability, ...] = ("restores", "reconstructs")
-_DENSITIES: dict[Ability, tuple[str, str]] = {
-    "scores_density": ("log_prob", ""),
-    "bounds_density": ("elbo", "_bound"),
-    "estimates_density": ("log_prob_estimate", "_estimate"),
-}
-# An estimate takes hundreds of evaluations a scan.
-_MOST_ESTIMATES = 32
 
 
 @dataclass(frozen=True, eq=False)
@@ -110,13 +100,13 @@ def require_scoring(model: Model) -> None:
     if not can_score(model):
         raise CapabilityError(
             f"{model.config.kind} cannot score anomalies: it neither restores nor reconstructs, and has no density. "
-            f"Models that can: {families_that(*_TWINS, *_DENSITIES)}."
+            f"Models that can: {families_that(*_TWINS, *DENSITIES)}."
         )
 
 
 def can_score(model: Model) -> bool:
     """Whether a model says at all how unusual a scan is."""
-    return can(model, *_TWINS, *_DENSITIES)
+    return can(model, *_TWINS, *DENSITIES)
 
 
 def makes_maps(model: Model) -> bool:
@@ -144,30 +134,6 @@ def examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Ten
     return scores[nearest, rows], torch.stack(maps)[nearest, rows] if maps else None
 
 
-def log_density(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-    """log p(x), its bound or its estimate, nats a real voxel and channel; and the standard error of an estimate.
-
-    Where a scan has voxels that are not real and the model tells what each contributes, those are left out.
-    """
-    given = _given(batch)
-    if batch.real is not None and can(model, "maps_density"):
-        told = cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **given)[:, 0]
-        found = _mean(told, batch.real) / batch.x.shape[1]
-        return found, torch.zeros_like(found)
-    size = batch.x[0].numel()
-    if can(model, "scores_density"):
-        found = cast(ScoresDensity, model).log_prob(batch.x, batch.cond, **given) / size
-    elif can(model, "bounds_density"):
-        found = cast(BoundsDensity, model).elbo(batch.x, batch.cond, **given) / size
-    else:
-        # One by one, as the noise of an estimate depends on the scan's place in the batch.
-        rows = [replace(batch, **{k: v[n : n + 1] for k, v in _tensors(batch).items()}) for n in range(len(batch.x))]
-        estimates = [cast(EstimatesDensity, model).log_prob_estimate(r.x, r.cond, **_given(r)) for r in rows]
-        found, error = (torch.cat(part) / size for part in zip(*estimates, strict=True))
-        return found, error
-    return found, torch.zeros_like(found)
-
-
 # -- one hypothesis ------------------------------------------------------------------------------------
 
 
@@ -178,15 +144,15 @@ def _examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Te
         return _mean(residual, batch.real), _hidden(residual, batch.real)
     if not can(model, "maps_density"):
         return -batch.x.shape[1] * log_density(model, batch)[0], None
-    surprise = -cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **_given(batch))
+    surprise = -cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **given(batch))
     return _mean(surprise[:, 0], batch.real), _hidden(_local(surprise, batch.real)[:, 0], batch.real)
 
 
 def _twin(model: Model, batch: Batch) -> Tensor:
-    given = _given(batch)
+    told = given(batch)
     if can(model, "restores"):
-        return cast(Restores, model).restore(batch.x, cond=batch.cond, **given).clamp(0, 1)
-    return cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **given).clamp(0, 1)
+        return cast(Restores, model).restore(batch.x, cond=batch.cond, **told).clamp(0, 1)
+    return cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **told).clamp(0, 1)
 
 
 def _difference(x: Float[Tensor, "b c *space"], twin: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
@@ -212,16 +178,6 @@ def _mean(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tenso
 
 def _hidden(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tensor, "b *space"]:
     return values if real is None else values.masked_fill(~real, torch.nan)
-
-
-def _given(batch: Batch) -> dict[str, Any]:
-    """What only models that take it are given."""
-    return {} if batch.context is None else {"context": batch.context}
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    named = {name: getattr(batch, name) for name in ("x", "cond", "context", "real")}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 def _scored_by_tail(model: Model) -> bool:
@@ -253,39 +209,4 @@ def calibrate(model: Model, healthy: ScanDataset) -> tuple[dict[str, Any], dict[
     return numbers, {"mean": torch.from_numpy(learnt.mean), "sd": torch.from_numpy(learnt.sd)}
 
 
-@torch.no_grad()
-def held_out_metrics(model: Model, data: ScanDataset) -> dict[str, float]:
-    """How well a model reconstructs held-out scans, and how likely it finds them.
-
-    A density of whole grey values (a config that states `bits`) is told in bits a dimension, any other in
-    nats a voxel and channel. Exact, bound and estimate have different names.
-    """
-    told: dict[str, float] = {"held_out_scans": len(data)}
-    kinds = [names for ability, names in _DENSITIES.items() if can(model, ability)]
-    ratios, densities, errors = [], [], []
-    for batch in data.batches(8):
-        batch = batch.to(model.device)
-        if can(model, "reconstructs"):
-            twin = cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **_given(batch))
-            ratios.append(psnr(twin, batch.x))
-        if kinds and (kinds[0][1] != "_estimate" or sum(map(len, densities)) < _MOST_ESTIMATES):
-            density, error = log_density(model, batch)
-            densities.append(density)
-            errors.append(error)
-    if ratios:
-        told["held_out_psnr_db"] = round(float(torch.cat(ratios).mean()), 2)
-    if not densities:
-        return told
-    (name, kind), mean = kinds[0], float(torch.cat(densities).mean())
-    error = float(torch.cat(errors).square().sum().sqrt()) / sum(map(len, errors))
-    named, unit = f"held_out_{name}_nats_per_voxel", 1.0
-    if getattr(model.config, "bits", 0):
-        named, unit = f"held_out_bits_per_dim{kind}", -1 / log(2)
-    told[named] = round(mean * unit, 4)
-    return told | ({f"{named}_standard_error": round(error * abs(unit), 4)} if kind == "_estimate" else {})
-
-
-__all__ = [
-    "Detector", "calibrate", "can_score", "examined", "held_out_metrics", "log_density", "makes_maps",
-    "require_scoring",
-]  # fmt: skip
+__all__ = ["Detector", "calibrate", "can_score", "examined", "makes_maps", "require_scoring"]

@@ -24,9 +24,11 @@ from medgen.report.pictures import contact_sheet
 from medgen.seeds import derived_seed
 from medgen.tasks.capabilities import can
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.detector import calibrate, can_score, held_out_metrics
+from medgen.tasks.detector import calibrate, can_score
 from medgen.tasks.plan import Choices, Plan, plan_training
+from medgen.tasks.quality import quality, temperature_of
 from medgen.tasks.workspace import Workspace
+from medgen.training.doctor import complaints
 from medgen.training.fit import FitConfig, fit, images_in
 from medgen.training.state import Progress
 
@@ -113,10 +115,17 @@ def learn(
         seconds=seconds,
     )
     model.finalise(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
+    trained = time.monotonic()
+    health = model.health(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
+    warnings = complaints(health)
+    for sentence in warnings:
+        note(sentence)
     contract = _contract(plan, train_set)
     held = _held_out(plan, options)
     calibration, tensors = calibrate(model, held) if held and can_score(model) else ({}, {})
-    metrics = held_out_metrics(model, held) if held else {}
+    metrics = {f"held_out_{name}": value for name, value in quality(model, held).items()} if held else {}
+    if held and (temperature := temperature_of(model, held)):
+        calibration = {**calibration, "temperature": temperature}
     model.cpu()
     bundle = Bundle(
         models={"model": model},
@@ -134,9 +143,12 @@ def learn(
             "best_images_seen": reached.best_seen,
             "stopped": _why_stopped(reached, settings),
             "seed": seed,
+            "train_seconds": round(trained - begun, 2),
             "minutes": round((time.monotonic() - begun) / 60, 2),
             "device": "cuda" if torch.cuda.is_available() and device in ("auto", "cuda") else "cpu",
             "fit": settings.model_dump(mode="json"),
+            "health": health,
+            "warnings": warnings,
             "history": reached.history,
         },
         metrics=metrics,
@@ -167,7 +179,7 @@ def preview(bundle: Bundle, path: Path, masks: Sequence[Tensor] = (), *, seed: i
 
 def _timed(plan: Plan, model: Model, train_set: ScanDataset, work: Workspace, device: str) -> FitConfig:
     """The training config with as many images as fit the minutes; decided once for a run."""
-    if plan.minutes is None:
+    if plan.minutes is None or not model.players():
         return plan.fit
     if "images" not in work.journal:
         possible, seconds = images_in(0.8 * plan.minutes, model, train_set, plan.fit, device=device)

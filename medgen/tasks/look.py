@@ -40,7 +40,8 @@ def list_models() -> list[dict[str, Any]]:
     """The presets: name, family, year, paper, dimensions and abilities."""
     from medgen.config import load_preset, preset_names  # pydantic takes longer to import than `info` takes to answer
 
-    return [{"preset": name, **load_preset(name).about.model_dump(mode="json")} for name in preset_names()]
+    found = [{"preset": name, **load_preset(name).about.model_dump(mode="json")} for name in preset_names()]
+    return sorted(found, key=lambda row: (row["family"], row["preset"]))
 
 
 __all__ = ["info", "list_models"]

@@ -2,11 +2,12 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from math import lcm
 from pathlib import Path
 from typing import Any, Literal
 
 from medgen import io
-from medgen.config import Preset, load_preset, typed
+from medgen.config import Preset, load_preset, preset_for, typed
 from medgen.data.fingerprint import Fingerprint, auto_recipe, fingerprint
 from medgen.data.manifest import Manifest, index
 from medgen.data.recipe import Recipe, Respace
@@ -90,6 +91,35 @@ class Plan:
         }
 
 
+@dataclass(frozen=True, eq=False)
+class Look:
+    """What was found in a folder before anything is decided.
+
+    Args:
+        manifest: the scans to learn from, with splits.
+        found: their fingerprint.
+    """
+
+    manifest: Manifest
+    found: Fingerprint
+
+    @property
+    def dims(self) -> int:
+        """2 for images, 3 for volumes."""
+        return 2 if self.found.planar else 3
+
+
+def look_at(data: str | Path, choices: Choices = Choices(), options: ReadOptions = ReadOptions()) -> Look:
+    """Which scans there are to learn from, and what they are like.
+
+    Raises:
+        DataError: nothing to learn from.
+    """
+    manifest = _chosen(index(data, options, seed=choices.seed), choices.label, choices.domain)
+    note(manifest.summary())
+    return Look(manifest, fingerprint(_readable(manifest.split("train"), options)))
+
+
 def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadOptions = ReadOptions()) -> Plan:
     """Look at the scans and decide everything; nothing is written.
 
@@ -97,16 +127,17 @@ def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadO
         DataError: nothing to learn from.
         ConfigError: the preset does not fit.
     """
-    manifest = _chosen(index(data, options, seed=choices.seed), choices.label, choices.domain)
-    note(manifest.summary())
-    found = fingerprint(_readable(manifest.split("train"), options))
-    name = str(choices.preset or ("vae2d" if found.planar else "vae3d"))
-    preset = load_preset(name, choices.overrides)
-    if preset.about.dims != (2 if found.planar else 3):
-        kind = "images" if found.planar else "volumes"
-        raise ConfigError(
-            f"Preset {name!r} is for {preset.about.dims}D; these are {kind}. Run `medgen models` for others."
-        )
+    return planned(look_at(data, choices, options), choices)
+
+
+def planned(look: Look, choices: Choices = Choices()) -> Plan:
+    """Decide everything about scans that have been looked at.
+
+    Raises:
+        ConfigError: the preset does not fit.
+    """
+    found, manifest = look.found, look.manifest
+    name, preset = _preset(choices, look.dims)
     kind = family(str(preset.model.get("kind")))
     given = {"channels": found.channels, "classes": _classes(manifest)}
     given |= condition_fields(kind.Config, manifest, choices.covariates, choices.context)
@@ -114,14 +145,40 @@ def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadO
     recipe = _recipe(preset, found, kind.stride(values))
     if takes(kind.Config, "spacing") and "spacing" not in values:
         # How far voxels lie apart decides the stride, which has a say in how far they may.
-        values["spacing"] = _spacing(recipe, found)[: preset.about.dims]
+        values["spacing"] = _spacing(recipe, found)[: look.dims]
         recipe = _recipe(preset, found, kind.stride(values))
     if recipe.shape is None:
         raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
-    config = typed(kind.Config, {"shape": recipe.shape[: preset.about.dims], **values}, name, "model")
+    config = typed(kind.Config, {"shape": recipe.shape[: look.dims], **values}, name, "model")
     check_context(config, manifest)
     settings = typed(FitConfig, preset.fit, name, "fit")
     return Plan(manifest, name, config, recipe, settings, found, choices.minutes)
+
+
+def shared_recipe(look: Look, choices: Sequence[Choices]) -> Recipe:
+    """A recipe that suits the presets of all `choices`: the size of the smallest, multiples of every stride.
+
+    Raises:
+        ConfigError: a preset does not fit.
+    """
+    presets = [_preset(one, look.dims)[1] for one in choices]
+    configs = [planned(look, one).model for one in choices]
+    strides = [family(one.kind).stride(one.model_dump()) for one in configs]
+    each = [(stride,) * look.dims if isinstance(stride, int) else stride for stride in strides]
+    multiple = tuple(lcm(*axis) for axis in zip(*each, strict=True))
+    return auto_recipe(look.found, multiple=multiple, max_voxels=min(preset.max_voxels for preset in presets))
+
+
+def _preset(choices: Choices, dims: int) -> tuple[str, Preset]:
+    """The preset, for images or volumes as asked."""
+    name = str(preset_for(choices.preset or "vae", dims))
+    preset = load_preset(name, choices.overrides)
+    if preset.about.dims != dims:
+        kind = {2: "images", 3: "volumes"}[dims]
+        raise ConfigError(
+            f"Preset {name!r} is for {preset.about.dims}D; these are {kind}. Run `medgen models` for others."
+        )
+    return name, preset
 
 
 def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manifest:
@@ -181,4 +238,4 @@ def _spacing(recipe: Recipe, found: Fingerprint) -> tuple[float, float, float]:
     return respaced[-1] if respaced else found.spacing
 
 
-__all__ = ["Choices", "Plan", "plan_training"]
+__all__ = ["Choices", "Look", "Plan", "look_at", "plan_training", "planned", "shared_recipe"]
