@@ -28,7 +28,7 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import Field, model_validator
 from torch import Tensor, nn
-from torch.distributions import Distribution, Independent, Normal
+from torch.distributions import Distribution
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
@@ -39,6 +39,8 @@ from medgen.nets.memory import Memory, address_entropy
 from medgen.nets.noise import foreground_noise
 from medgen.nets.told import condition_table
 from medgen.nets.unet import UNet
+from medgen.prob.divergences import activity
+from medgen.prob.likelihoods import likelihood
 from medgen.prob.mixtures import GaussianMixture
 from medgen.prob.point import Point
 from medgen.prob.priors import CodeField, principal_components
@@ -47,8 +49,6 @@ from medgen.prob.priors import CodeField, principal_components
 _MICRO_BATCH = {2: 16, 3: 1}
 # Gong et al. 2019, equation 10: weight of the addresses' entropy beside the error of a voxel.
 _ENTROPY = 0.0002
-# Below this the density of a constant region would grow without bound.
-_LEAST_LOG_VARIANCE = -12.0
 
 
 class Autoencoder(Model):
@@ -208,8 +208,7 @@ class Autoencoder(Model):
         if self.log_variance is None:
             return Point(mean)
         log_variance = self.log_variance.reshape(1, -1, *[1] * self.config.dims) + learned[:, channels:]
-        spread = (0.5 * log_variance.clamp(min=_LEAST_LOG_VARIANCE)).exp()
-        return Independent(Normal(mean, spread, validate_args=False), mean.ndim - 1, validate_args=False)
+        return likelihood("gaussian", mean, 0.5 * log_variance)
 
     def _require_code(self, verb: str) -> None:
         if self.config.skips:
@@ -311,7 +310,7 @@ class Autoencoder(Model):
         if self.config.skips:
             return {}
         codes = torch.cat([self.encode(batch.x, batch.cond).mean for batch in batches])
-        variance = codes.var(0, correction=0).flatten(1).mean(1)
+        variance = activity(codes)
         active = (variance > 0.01 * variance.max()) & (variance > 1e-8)
         told = {"active_units": float(active.sum()), "units": float(len(active))}
         if self.memory is not None:
