@@ -176,6 +176,8 @@ def test_the_bound_of_a_scan_does_not_depend_on_the_rest_of_the_batch(values, di
 def test_the_loss_falls_on_eight_scans(values, dims):
     torch.manual_seed(0)
     model = build(config_of(minimal(values, dims, 1, ())))
+    if not model.players():
+        pytest.skip("has a closed form")
     batch = batch_for(model.config, 8)
     model.initialise(batch)
     player = model.players()[0]
@@ -311,13 +313,16 @@ def test_a_sample_shows_its_class(values, dims):
     torch.manual_seed(0)
     fresh = build(model.config)
     fresh.initialise(batch)
-    optimizer = torch.optim.Adam(fresh.parameters(), lr=1e-2)
 
     def brighter() -> float:
         fresh.finalise([batch])
         drawn = fresh.eval().sample(16, seed=0, cond=torch.tensor([0, 2] * 8)).flatten(1).mean(1)
         return float(drawn[1::2].mean() - drawn[::2].mean())
 
+    if not fresh.players():
+        assert brighter() > 0.1
+        return
+    optimizer = torch.optim.Adam(fresh.parameters(), lr=1e-2)
     # Some families know it from the start, in closed form; the others may learn it.
     for step in range(120):
         if step % 20 == 0 and brighter() > 0.1:

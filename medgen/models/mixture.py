@@ -228,8 +228,8 @@ class Mixture(Model):
         middle = dequantised(x, torch.full_like(x, 0.5), self.config.bits)
         return Point(self._components().codes(middle.flatten(1)))
 
-    def decode(self, z: Float[Tensor, "b lead"], cond: Tensor | None = None) -> Independent:
-        """p(x | z): the leading components' scan, with each voxel's spread about it in training scans."""
+    def decode(self, z: Tensor, cond: Tensor | None = None) -> Independent:
+        """p(x | z) of codes (b, lead): their scan, and each voxel's spread about it in training scans."""
         density = self._components()
         shape = (-1, self.config.channels, *self.config.shape)
         mean = self._undone(density.expected(z)).reshape(shape)
