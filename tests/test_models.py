@@ -219,9 +219,11 @@ def test_declared_abilities_have_their_method_and_others_have_none(values, dims)
     for ability, method in METHODS.items():
         if ability not in of(model) and hasattr(model, method):
             # Another config of this family can; this one says in a sentence that it cannot.
-            given = ((2,), {"seed": 0}) if ability == "samples" else ((batch_for(model.config).x,), {})
+            x = batch_for(model.config).x
+            given = {"samples": ((2,), {"seed": 0}), "inpaints": ((x, x[:, :1] > 0.5), {"seed": 0})}
+            places, names = given.get(ability, ((x,), {}))
             with pytest.raises(CapabilityError):
-                getattr(model, method)(*given[0], **given[1])
+                getattr(model, method)(*places, **names)
             continue
         assert callable(getattr(model, method, None)) == (ability in of(model)), ability
         if ability in of(model) and ability in PROTOCOLS:
