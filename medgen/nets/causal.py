@@ -106,12 +106,15 @@ class CausalStack(nn.Module):
             cond: class indices (b,) or a table (b, conditions).
             given: (b or 1, given, *space).
         """
-        told = self._told(cond, given)
+        return self.last(self.act(self.features(features, self.told(cond, given))[-1][-1]))
+
+    def features(self, seen: Tensor, told: list[list[Tensor | None]]) -> list[list[Tensor]]:
+        """What every step of every stack comes to."""
         found: list[list[Tensor]] = []
         for number, op in enumerate(self.plan):
             row: list[Tensor] = []
             for stack, module in enumerate(self.modules_of(number)):
-                before = features if op.kind == "stem" else found[-1][stack]
+                before = seen if op.kind == "stem" else found[-1][stack]
                 if isinstance(module, _Look):
                     row.append(module(before))
                 elif isinstance(module, _Block):
@@ -121,17 +124,17 @@ class CausalStack(nn.Module):
                     size = found[op.like][stack].shape[2:]
                     row.append(_cropped(from_blocks(module(before).movedim(1, -1), (2,) * self.dims), size))
             found.append(row)
-        return self.last(self.act(found[-1][-1]))
+        return found
 
     def walk(self, space: Sequence[int], count: int, cond: Tensor | None = None, given: Tensor | None = None) -> "Walk":
         """The same output position by position, as sampling needs it: each stack is computed once."""
-        return Walk(self, tuple(space), count, self._told(cond, given))
+        return Walk(self, tuple(space), count, self.told(cond, given))
 
     def modules_of(self, number: int) -> "list[_Look | _Block | nn.Module]":
         """What a step of the plan does, stack by stack."""
         return list(cast("nn.ModuleList", self.steps[number]))
 
-    def _told(self, cond: Tensor | None, given: Tensor | None) -> list[list[Tensor | None]]:
+    def told(self, cond: Tensor | None, given: Tensor | None) -> list[list[Tensor | None]]:
         """What every block of every stack is told; coarse blocks are told the mean of what they stand for."""
         maps = [given]
         for _ in range(self.style.levels):
@@ -161,6 +164,15 @@ class Walk:
 
         self.seen = [empty(stack.inside, axis, 0) for axis in stack.axes]
         self.found = [[empty(stack.width, axis, op.level) for axis in stack.axes] for op in stack.plan]
+
+    @torch.no_grad()
+    def fill(self, features: Float[Tensor, "b inside *space"]) -> None:
+        """Say what is everywhere; from then on one may begin anywhere, and put other features from there on."""
+        for axis, held in zip(self.stack.axes, self.seen, strict=True):
+            held.narrow(2 + axis, self.stack.margin, features.shape[2 + axis]).copy_(features)
+        for row, rows in zip(self.found, self.stack.features(features, self.told), strict=True):
+            for axis, held, value in zip(self.stack.axes, row, rows, strict=True):
+                held.narrow(2 + axis, self.stack.margin, value.shape[2 + axis]).copy_(value)
 
     @torch.no_grad()
     def put(self, index: Sequence[int], features: Float[Tensor, "b inside"]) -> None:
@@ -329,7 +341,7 @@ def _part(x: Tensor, index: tuple[int, ...]) -> Tensor:
 def _halved(x: Tensor) -> Tensor:
     """The mean of blocks of two, of what there is of them."""
     pool = functional.avg_pool2d if x.ndim == 4 else functional.avg_pool3d
-    return pool(x, 2, ceil_mode=True, count_include_pad=False) if max(x.shape[2:]) > 1 else x
+    return pool(x, tuple(min(2, n) for n in x.shape[2:]), ceil_mode=True, count_include_pad=False)
 
 
 __all__ = ["CausalStack", "Style", "Walk"]

@@ -66,7 +66,7 @@ class Guide(nn.Module):
         self, dims: int, width: int, *, numbers: int = 0, seen: int = 0, extent: Sequence[int], places: int = 0
     ) -> None:
         super().__init__()
-        self.extent = tuple(extent)
+        self.extent, self.width = tuple(extent), width
         self.condition = ConditionBias(numbers, width)
         self.look = nn.Sequential(conv(dims, seen, width), nn.SiLU(), conv(dims, width, width)) if seen else None
         kept = [min(n, places) for n in extent]
