@@ -190,9 +190,8 @@ def traverse(
     centre, ways = _directions(torch.cat([code.z for code in codes]), dimensions)
     start = ends[0].code if len(ends) == 1 else Code(centre, codes[0].cond)
     content = "DERIVED from a patient's scan" if ends else "SYNTHETIC"
-    writer = DerivedWriter(
-        bundle, work.folder, ends[0].like if len(ends) == 1 else None, "Scan whose code a model moved"
-    )
+    like = ends[0].like if len(ends) == 1 else None
+    writer = DerivedWriter(bundle, work.folder, like, "Scan whose code a model moved; shows nobody")
     _fresh(work)
     places = [0.0] if steps == 1 else np.linspace(-reach, reach, steps).tolist()
     with work.writing():
