@@ -558,8 +558,8 @@ def test_a_column_that_tells_nothing_is_refused_by_name(people, tmp_path, column
 
 
 def test_a_family_without_covariates_refuses_them_and_names_one_that_takes_them(people, tmp_path):
-    with pytest.raises(ConfigError, match=r"vae takes no covariates.*voxels"):
-        medgen.train(people, tmp_path / "b", covariates=("age",), **ONCE)
+    with pytest.raises(ConfigError, match=r"mixture takes no covariates.*voxels"):
+        medgen.train(people, tmp_path / "b", preset="gmm", covariates=("age",), **ONCE)
     with pytest.raises(ConfigError, match=r"vae takes no context.*voxels"):
         medgen.train(people, tmp_path / "b", context="mask", **ONCE)
 
@@ -572,7 +572,7 @@ def test_the_command_line_takes_a_list_of_columns(people, command, tmp_path):
     assert code == 0
     assert '"age"' in out
     assert '"levels"' in out
-    code, _, err = command("train", people, "-o", tmp_path / "b", "--covariates", "age", "--minutes", "1")
+    code, _, err = command("train", people, "-o", tmp_path / "b", "--preset", "gmm", "--covariates", "age")
     assert code == 2
     assert "takes no covariates" in err
 
