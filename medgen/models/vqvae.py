@@ -180,10 +180,8 @@ class VQVAE(Model):
 
     def players(self) -> list[Player]:
         """The autoencoder, then the prior; the codebook follows the encoder by itself."""
-        prior = tuple(self.prior.parameters())
-        taken = {id(parameter) for parameter in prior}
-        rest = tuple(parameter for parameter in self.parameters() if id(parameter) not in taken)
-        share = self.config.share
+        prior, share = tuple(self.prior.parameters()), self.config.share
+        rest = tuple(p for name, p in self.named_parameters() if not name.startswith("prior."))
         return [Player("codes", rest, until=share), Player("prior", prior, since=share)]
 
     @property
@@ -213,8 +211,7 @@ class VQVAE(Model):
         """The encoder's vectors, before they are quantised."""
         mean = torch.sigmoid(self.template) if self.config.likelihood == "bernoulli" else self.template
         linear = self.linear_in(to_blocks(x - mean, self.block))
-        learned = self.to_code(self.encoder(x).movedim(1, -1))
-        return (linear.float() + learned.float()).movedim(-1, 1)
+        return (linear.float() + self.to_code(self.encoder(x).movedim(1, -1)).float()).movedim(-1, 1)
 
     def _told(self, cond: Tensor | None, count: int) -> Tensor | None:
         numbers, classes = self.config.condition_width, len(self.config.classes)
@@ -280,7 +277,8 @@ class VQVAE(Model):
             used += torch.bincount(kind[self.code_map(batch.x)].flatten(), minlength=self.config.codes).cpu()
         shares = used / used.sum().clamp(min=1)
         perplexity = float(torch.special.entr(shares).sum().exp())
-        return {"codes_used": int((used > 0).sum()), "codes": self.config.codes, "code_perplexity": perplexity}
+        in_use = float((used > 0).sum())
+        return {"codes_used": in_use, "codes": float(self.config.codes), "code_perplexity": perplexity}
 
     # -- abilities -----------------------------------------------------------------------------------
 
@@ -342,9 +340,10 @@ class VQVAE(Model):
         codes, told = self.code_map(torch.where(hole, blank, x)), self._told(cond, len(x))
         free = to_blocks(hole.float(), self.block).amax(-1) > 0
         noise = torch.stack([self._uniform(derived_seed(seed, 3, n)) for n in range(_TRIES)]).to(x.device)
-        # All fillings at once: (tries * b, *positions), the tries of a scan b apart.
-        many = [t if t is None else t.repeat(_TRIES, *[1] * (t.ndim - 1)) for t in (codes, free, told)]
-        fillings = redrawn(self.prior, many[0], many[1], noise.repeat_interleave(len(x), 0), many[2])
+        # All fillings at once, (tries * b, *positions).
+        many, open_many = (t.repeat(_TRIES, *[1] * self.config.dims) for t in (codes, free))
+        told_many = None if told is None else told.repeat(_TRIES, 1)
+        fillings = redrawn(self.prior, many, open_many, noise.repeat_interleave(len(x), 0), told_many)
         scans, weights = [], []
         for filling in fillings.split(len(x)):
             told_scan = self.decode(self.codebook.look_up(filling))
