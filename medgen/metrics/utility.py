@@ -1,0 +1,206 @@
+"""What synthetic scans are good for: learners trained on them and tested on real ones.
+
+Train on synthetic, test on real (Esteban et al. 2017, "Real-valued (medical) time series generation with recurrent
+conditional GANs"; "classification accuracy score" in Ravuri & Vinyals 2019). The number means something beside the
+same learner's number after training on real scans: as many of each class, the same test scans, the same run.
+
+The learners are fixed, so that numbers of different generators and of later versions compare:
+
+- `svm`: 64 whitened principal components and a support vector machine with a Gaussian kernel, C = 1. A target.
+- `cnn`: five convolutions on three levels, 800 steps of 32 scans, the mean over 5 seeds. A target.
+- `logistic`: logistic regression on standardised voxels. Shown only: it rewards a generator for matching means.
+
+Scans of real training sets are given balanced: `balanced` takes as many of each class.
+"""
+
+from collections.abc import Sequence
+from typing import Literal
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from torch.nn import functional
+
+from medgen.errors import DataError
+from medgen.metrics.detection import auroc
+from medgen.seeds import derived_seed
+
+LearnerName = Literal["svm", "cnn", "logistic"]
+LEARNERS: tuple[LearnerName, ...] = ("svm", "cnn", "logistic")
+# What decides whether a generator is useful; logistic regression is shown beside them.
+TARGETS: tuple[LearnerName, ...] = ("svm", "cnn")
+_COMPONENTS = 64
+_SEEDS = 5
+_STEPS, _BATCH, _RATE = 800, 32, 2e-3
+_WIDTHS = (8, 16, 32)
+# The longest edge that the network sees: what is larger is averaged down.
+_EDGE = {2: 32, 3: 16}
+
+
+def utility(
+    train: tuple[Float[np.ndarray, "n *space"], Int[np.ndarray, " n"]],
+    test: tuple[Float[np.ndarray, "m *space"], Int[np.ndarray, " m"]],
+    *,
+    learners: Sequence[LearnerName] = LEARNERS,
+    seed: int = 0,
+) -> dict[str, float]:
+    """AUROC on `test` of every learner trained on `train`.
+
+    Args:
+        train: scans on any scale, two or three axes, and their classes; the same number of each class.
+        test: real scans on the same scale, and their classes.
+        learners: which; all by default.
+        seed: of the network's seeds.
+
+    Raises:
+        DataError: fewer than two classes, a class without scans in `test`, or training classes that differ in size.
+    """
+    (x, y), (x_test, y_test) = train, test
+    counts = np.unique_counts(y)
+    if len(counts.values) < 2 or set(np.unique(y_test)) != set(counts.values.tolist()):
+        raise DataError(
+            f"Utility needs the same two or more classes in both sets; found {counts.values.tolist()} to train "
+            f"on and {np.unique(y_test).tolist()} to test on."
+        )
+    if len(set(counts.counts.tolist())) > 1:
+        raise DataError(
+            f"Utility compares sets with as many scans of each class; found {counts.counts.tolist()}. Use balanced()."
+        )
+    scores = {name: decisions(name, (x, y), x_test, seed=seed) for name in learners}
+    return {
+        name: float(np.mean([class_auroc(one, y_test, counts.values) for one in found]))
+        for name, found in scores.items()
+    }
+
+
+def decisions(
+    learner: LearnerName,
+    train: tuple[Float[np.ndarray, "n *space"], Int[np.ndarray, " n"]],
+    x: Float[np.ndarray, "m *space"],
+    *,
+    seed: int = 0,
+) -> Float[np.ndarray, "runs m k"]:
+    """How much each scan of `x` looks like each class, after training; higher is more. One run a seed.
+
+    Args:
+        learner: which.
+        train: scans and classes.
+        x: scans to judge.
+        seed: of the network's seeds.
+    """
+    if learner == "cnn":
+        return np.stack([_network(train, x, derived_seed(seed, n)) for n in range(_SEEDS)])
+    return _classical(learner, train, x)[None]
+
+
+def class_auroc(scores: Float[np.ndarray, "m k"], y: Int[np.ndarray, " m"], classes: Int[np.ndarray, " k"]) -> float:
+    """The mean over classes of the AUROC of that class against the rest; of two classes, the one AUROC.
+
+    >>> class_auroc(np.array([[1.0, 0.0], [0.0, 1.0]]), np.array([0, 1]), np.array([0, 1]))
+    1.0
+    """
+    if len(classes) == 2:
+        margin = scores[:, 1] - scores[:, 0]
+        return auroc(margin[y == classes[0]], margin[y == classes[1]])
+    return float(np.mean([auroc(scores[y != c, k], scores[y == c, k]) for k, c in enumerate(classes)]))
+
+
+def balanced(y: Int[np.ndarray, " n"], *, seed: int = 0, each: int | None = None) -> Int[np.ndarray, " m"]:
+    """Rows with as many scans of each class: `each`, or as many as the rarest has; drawn by `seed`, in order.
+
+    Raises:
+        DataError: a class has fewer than `each` scans.
+    """
+    found = np.unique_counts(y)
+    rarest = int(found.counts.min())
+    if each is not None and each > rarest:
+        raise DataError(f"There are only {rarest} scans of the rarest class; {each} of each were asked for.")
+    generator = np.random.default_rng(derived_seed(seed, 1))
+    chosen = [generator.permutation(np.flatnonzero(y == c))[: each or rarest] for c in found.values]
+    return np.sort(np.concatenate(chosen))
+
+
+# -- learners --------------------------------------------------------------------------------------
+
+
+def _classical(learner: LearnerName, train: tuple[np.ndarray, np.ndarray], x: np.ndarray) -> Float[np.ndarray, "m k"]:
+    from sklearn.decomposition import PCA
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+    from sklearn.svm import SVC
+
+    rows, y = train[0].reshape(len(train[0]), -1), train[1]
+    if learner == "svm":
+        count = min(_COMPONENTS, *rows.shape)
+        pipeline = make_pipeline(PCA(count, whiten=True, random_state=0), SVC(C=1.0, kernel="rbf"))
+    else:
+        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
+    found = pipeline.fit(rows, y).decision_function(x.reshape(len(x), -1))
+    return np.stack([-found, found], 1) if found.ndim == 1 else found
+
+
+class _Network(nn.Module):
+    """Five convolutions on three levels, with batch normalisation; the mean over space, then a linear layer."""
+
+    def __init__(self, dims: int, classes: int) -> None:
+        super().__init__()
+        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
+        self.pool = functional.max_pool2d if dims == 2 else functional.max_pool3d
+        inside, levels = 1, []
+        for width in _WIDTHS:
+            level = [conv(inside, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
+            if levels:  # the finest level costs most and sees least
+                level += [conv(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
+            levels.append(nn.Sequential(*level))
+            inside = width
+        self.levels = nn.ModuleList(levels)
+        self.head = nn.Linear(inside, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for level in self.levels:
+            x = level(x)
+            if min(x.shape[2:]) > 1 and level is not self.levels[-1]:
+                x = self.pool(x, 2)
+        return self.head(x.flatten(2).mean(2))
+
+
+def _network(train: tuple[np.ndarray, np.ndarray], x: np.ndarray, seed: int) -> Float[np.ndarray, "m k"]:
+    """Log chances of each class, from one network trained for a fixed number of steps."""
+    classes, y = np.unique_inverse(train[1])
+    target = torch.from_numpy(y)
+    known, new = _seen(train[0]), _seen(x)
+    centre, spread = known.mean(), known.std().clamp(min=1e-6)
+    known, new = (known - centre) / spread, (new - centre) / spread
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        network = _Network(known.ndim - 2, len(classes)).train()
+        optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=1e-2)
+        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
+        for rows in _rows(len(known)):
+            optimizer.zero_grad(set_to_none=True)
+            functional.cross_entropy(network(known[rows]), target[rows]).backward()
+            optimizer.step()
+            schedule.step()
+    network.eval()
+    with torch.no_grad():
+        return torch.cat([network(part).log_softmax(1) for part in new.split(256)]).double().numpy()
+
+
+def _rows(count: int) -> list[Tensor]:
+    """Rows of each step: shuffled passes over the scans."""
+    passes = -(-_STEPS * _BATCH // count)
+    return list(torch.cat([torch.randperm(count) for _ in range(passes)])[: _STEPS * _BATCH].split(_BATCH))
+
+
+def _seen(x: np.ndarray) -> Float[Tensor, "n 1 *space"]:
+    """Scans as the network sees them: one channel, averaged down to at most `_EDGE` voxels along an axis."""
+    scans = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))[:, None]
+    dims = scans.ndim - 2
+    factor = -(-max(scans.shape[2:]) // _EDGE[dims])
+    pool = functional.avg_pool2d if dims == 2 else functional.avg_pool3d
+    return pool(scans, factor, ceil_mode=True) if factor > 1 else scans
+
+
+__all__ = ["LEARNERS", "TARGETS", "LearnerName", "balanced", "class_auroc", "decisions", "utility"]
