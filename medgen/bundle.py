@@ -205,8 +205,12 @@ class Bundle:
             "sha256": hashes,
         }
         (folder / "bundle.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-        (folder / "README.md").write_text(_card(stated), encoding="utf-8")
+        (folder / "README.md").write_text(_card(stated, self._draws), encoding="utf-8")
         return hashes[_FILES[0]]
+
+    @property
+    def _draws(self) -> bool:
+        return any("samples" in model.abilities(model.config) for model in self.models.values())
 
     @classmethod
     def load(cls, folder: str | Path, *, device: str = "cpu") -> "Bundle":
@@ -316,16 +320,18 @@ def _part(weights: Mapping[str, Tensor], name: str) -> dict[str, Tensor]:
     return {key.removeprefix(f"{name}."): tensor for key, tensor in weights.items() if key.startswith(f"{name}.")}
 
 
-def _card(stated: Mapping[str, Any]) -> str:
+def _card(stated: Mapping[str, Any], draws: bool) -> str:
     contract, training = stated["contract"], stated["training"]
     rows = [("modality", contract["modality"] or "not told"), ("unit", contract["unit"] or "arbitrary")]
     rows += [(key.replace("_", " "), value) for key, value in training.items() if not isinstance(value, list | dict)]
     rows += [(key.replace("_", " "), value) for key, value in stated["metrics"].items()]
     families = ", ".join(config["kind"] for config in stated["models"].values())
+    picture = "![generated scans](preview.png)\n\nThe picture shows generated scans, nobody's.\n\n" if draws else ""
+    warnings = "".join(f"**{sentence}**\n\n" for sentence in training.get("warnings", ()))
     table = "\n".join(f"| {key} | {value} |" for key, value in rows)
     return (
         f"# medgen bundle: {families}\n\n**Research use only, not a medical device.**\n\n"
-        "![generated scans](preview.png)\n\nThe picture shows generated scans, nobody's.\n\n"
+        f"{warnings}{picture}"
         f"| | |\n|---|---|\n{table}\n| licence | {stated['licence']} |\n\n"
         "Score scans with `medgen score SCANS -m THIS_FOLDER -o OUT`, "
         "generate more with `medgen augment FOLDER -m THIS_FOLDER -o OUT`.\n"
