@@ -17,7 +17,7 @@ from worlds import QUICK_3D, SAMPLES, quick
 from medgen import io
 from medgen.bundle import Bundle
 
-COMMANDS = ("info", "convert", "models", "train", "augment", "score")
+COMMANDS = ("info", "convert", "models", "train", "augment", "score", "embed", "interpolate", "traverse")
 
 
 def files(folder: Path) -> set[str]:

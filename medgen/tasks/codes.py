@@ -142,8 +142,8 @@ class Coder:
         return cast(Decodes, self.model).decode(code.z, code.cond).mean[0].clamp(0, 1).cpu()
 
     def is_noise(self, z: Float[Tensor, "1 *code"]) -> bool:
-        """Whether a code has as many numbers as a scan: then it is the noise behind it, not a summary."""
-        return z.numel() >= self.model.config.channels * prod(self.model.config.shape)
+        """Whether a code is one row of as many numbers as a scan: then it is the noise behind it, not a summary."""
+        return z.ndim == 2 and z.numel() >= self.model.config.channels * prod(self.model.config.shape)
 
     def _condition(self, x: Float[Tensor, "1 c *space"], row: Row) -> Tensor | None:
         config = self.model.config
@@ -211,7 +211,8 @@ def embed(
         raise DataError(f"None of the {len(rows)} scans could be embedded; the first: {rows[0].error}")
     codes = np.stack([np.load(_part(work.folder, row.case), allow_pickle=False) for row in good])
     table = codes.reshape(*codes.shape[:2], -1).mean(2)
-    columns = table.shape[1] if table.shape[1] <= _MOST_COLUMNS else 0
+    readable = table.shape[1] <= _MOST_COLUMNS and not coder.is_noise(torch.from_numpy(codes[:1]))
+    columns = table.shape[1] if readable else 0
     notes = _notes(coder, codes, columns)
     for sentence in notes:
         note(sentence)
