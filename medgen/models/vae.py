@@ -167,8 +167,8 @@ class VAE(Model):
         mean = torch.sigmoid(self.template) if self.config.likelihood == "bernoulli" else self.template
         linear = self.linear_in(to_blocks(x - mean, self.scan_block))
         learned = self.to_code(to_blocks(self.encoder(x, cond), self.feature_block))
-        shift, log_scale = learned.float().movedim(-1, 1).chunk(2, dim=1)
-        loc = linear.float().movedim(-1, 1) + shift
+        shift, log_scale = learned.to(x).movedim(-1, 1).chunk(2, dim=1)
+        loc = linear.to(x).movedim(-1, 1) + shift
         return Independent(Normal(loc, log_scale.clamp(-7, 3).exp(), validate_args=False), loc.ndim - 1)
 
     def decode(self, z: Float[Tensor, "b *code"], cond: Tensor | None = None) -> Independent:
@@ -176,7 +176,7 @@ class VAE(Model):
         rows = z.movedim(1, -1)
         linear = from_blocks(self.linear_out(rows), self.scan_block)
         learned = self.decoder(from_blocks(self.from_code(rows), self.feature_block), cond)
-        return likelihood(self.config.likelihood, self.template + linear + learned.float(), self.log_scale)
+        return likelihood(self.config.likelihood, self.template + linear + learned.to(z), self.log_scale)
 
     # -- training ------------------------------------------------------------------------------
 

@@ -48,7 +48,7 @@ def activity(codes: Float[Tensor, "n latent *positions"]) -> Float[Tensor, " lat
     """
     if len(codes) < 2:
         return codes.new_zeros(codes.shape[1])
-    return codes.var(0).flatten(1).mean(1)
+    return codes.flatten(2).var(0).mean(1) if codes.ndim > 2 else codes.var(0)
 
 
 __all__ = ["activity", "kl_to_standard_normal", "mmd", "with_free_bits"]
