@@ -375,7 +375,7 @@ def _start(rung: Rung, left: Float[Tensor, "b c *space"], *, slope: float) -> No
     total, found = strength.square() + noise, len(strength)
     rung.show.weight[:, :found] = slope * (pca.directions * strength[:, None]).T
     rung.gain.weight[:found] = pca.directions * (strength / total)[:, None]
-    rung.to_code.bias[rung.latent : rung.latent + found] = 0.5 * (noise / total).log()
+    cast("Tensor", rung.to_code.bias)[rung.latent : rung.latent + found] = 0.5 * (noise / total).log()
 
 
 __all__ = ["HVAE"]
