@@ -142,8 +142,9 @@ class Coder:
         return cast(Decodes, self.model).decode(code.z, code.cond).mean[0].clamp(0, 1).cpu()
 
     def is_noise(self, z: Float[Tensor, "1 *code"]) -> bool:
-        """Whether a code is one row of as many numbers as a scan: then it is the noise behind it, not a summary."""
-        return z.ndim == 2 and z.numel() >= self.model.config.channels * prod(self.model.config.shape)
+        """Whether a code is the noise behind a scan, with as many numbers as the scan, and not a summary of it."""
+        voxels = self.model.config.channels * prod(self.model.config.shape)
+        return can(self.model, "scores_density") and z.ndim == 2 and z.numel() == voxels
 
     def _condition(self, x: Float[Tensor, "1 c *space"], row: Row) -> Tensor | None:
         config = self.model.config
