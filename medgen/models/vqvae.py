@@ -38,8 +38,8 @@ from medgen.seeds import derived_seed, voxel_uniform
 _MICRO_BATCH = {2: 16, 3: 4}
 # How often in training the prior is not told a scan's condition, so that it knows scans of no known one, too.
 _UNTOLD = 0.1
-# Fillings of a hole to choose among.
-_TRIES = 8
+# Fillings of a hole to choose among; scans that tell how far off reconstructions are at the start.
+_TRIES, _FEW = 8, 8
 
 
 class PixelCNNPrior(BaseModel):
@@ -256,9 +256,10 @@ class VQVAE(Model):
         if config.likelihood == "bernoulli":
             self.template.copy_(torch.logit(mean.clamp(0.01, 0.99)))
             self.linear_out.weight.mul_(4.0)  # the slope of the logit at one half
-        self.codebook.initialise(self._said(batch.x).movedim(1, -1).flatten(0, -2))
-        output = self.reconstruct(batch.x)
-        self.slow_log_scale.copy_(best_log_scale(config.likelihood, batch.x, output) / 10)
+        # The networks say nothing yet; so the linear map is all of the encoder, and few scans tell the noise.
+        self.codebook.initialise(self.linear_in(to_blocks(batch.x - mean, self.block)).flatten(0, -2))
+        few = batch.first(_FEW).x
+        self.slow_log_scale.copy_(best_log_scale(config.likelihood, few, self.reconstruct(few)) / 10)
 
     @torch.no_grad()
     def begin(self, player: str, batch: Batch) -> None:
@@ -275,8 +276,7 @@ class VQVAE(Model):
         used = torch.zeros(self.config.codes, dtype=torch.float64)
         for batch in batches:
             used += torch.bincount(kind[self.code_map(batch.x)].flatten(), minlength=self.config.codes).cpu()
-        shares = used / used.sum().clamp(min=1)
-        perplexity = float(torch.special.entr(shares).sum().exp())
+        perplexity = float(torch.special.entr(used / used.sum().clamp(min=1)).sum().exp())
         in_use = float((used > 0).sum())
         return {"codes_used": in_use, "codes": float(self.config.codes), "code_perplexity": perplexity}
 
