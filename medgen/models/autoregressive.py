@@ -345,16 +345,16 @@ def _network(config: Autoregressive.Config, outside: int) -> RasterMLP | RasterN
     if numbers or context or config.position:
         guide = Guide(dims, _GUIDE, numbers=numbers, seen=context, extent=config.shape, places=config.position)
     told = {"kernel": config.kernel, "given": _GUIDE if guide else 0, "dropout": config.dropout}
-    leaving = outside if channels == 1 else width
+    entering, leaving = RasterNet.inside(dims, channels), outside if channels == 1 else width
     if config.network == "rowlstm":
-        body = RowLSTM(dims, channels + 1, leaving, width, depth, **told)
+        body = RowLSTM(dims, entering, leaving, width, depth, **told)
     else:
         reach = [2**k for k in range(16) if 2**k < config.shape[0]] or [1]
         style = Style(
             "resnet" if config.network == "pixelcnnpp" else "gated", config.levels,
             tuple(reach) if config.network == "wavenet" else (1,),
         )  # fmt: skip
-        body = CausalStack(dims, channels + 1, leaving, width, depth, style=style, **told)
+        body = CausalStack(dims, entering, leaving, width, depth, style=style, **told)
     return RasterNet(body, guide, channels=channels, outside=outside, width=width)
 
 

@@ -22,13 +22,16 @@ from torch.nn import functional
 
 from medgen.nets.blocks import ConditionBias, channels_last, conv, from_blocks, lopsided
 
+# Slope below zero. PixelCNN++ has exponential linear units, which take a fifth of the time of all on CPUs.
+_LEAK = 0.05
+
 
 @dataclass(frozen=True)
 class Style:
     """How stacks are built.
 
     Args:
-        block: 'gated' (tanh times sigmoid) or 'resnet' (PixelCNN++: ELU, dropout, a gate).
+        block: 'gated' (tanh times sigmoid) or 'resnet' (PixelCNN++: rectifiers, dropout, a gate).
         levels: halvings and doublings of the stacks, with skips between them.
         dilations: of successive blocks along the first axis, over and over.
         first: the first axis that has a stack; positions along axes before it do not see each other.
@@ -92,7 +95,7 @@ class CausalStack(nn.Module):
                     row.append(_Block(look, width, others, conditions, given, dropout))
             steps.append(nn.ModuleList(row))
         self.steps = nn.ModuleList(steps)
-        self.act = nn.ELU() if style.block == "resnet" else nn.SiLU()
+        self.act = nn.LeakyReLU(_LEAK) if style.block == "resnet" else nn.SiLU()
         self.last = conv(dims, width, outside, 1)
         channels_last(self, dims)
 
@@ -294,7 +297,7 @@ class _Block(nn.Module):
         super().__init__()
         dims, inner = look.dims, look.outside
         self.look, self.gated = look, inner == 2 * width
-        self.act = nn.Identity() if self.gated else nn.ELU()
+        self.act = nn.Identity() if self.gated else nn.LeakyReLU(_LEAK)
         self.others = nn.ModuleList([conv(dims, width, inner, 1) for _ in range(others)])
         self.condition = ConditionBias(conditions, inner)
         self.given = conv(dims, given, inner, 1) if given else None
@@ -320,7 +323,7 @@ class _Block(nn.Module):
         if self.gated:
             value, gate = seen.chunk(2, 1)
             return here + self.out(self.dropout(torch.tanh(value) * torch.sigmoid(gate)))
-        value, gate = self.out(self.dropout(functional.elu(seen))).chunk(2, 1)
+        value, gate = self.out(self.dropout(functional.leaky_relu(seen, _LEAK))).chunk(2, 1)
         return here + value * torch.sigmoid(gate)
 
 
