@@ -6,22 +6,13 @@ a tenth of the train split; the official val and test normals are only reported.
     python benchmarks/flow_density.py --presets glow2d,nsf2d --minutes 10 --seeds 3
 """
 
-import argparse
 import io
 import math
 import time
-from functools import partial
 
 import numpy as np
-import torch
-from densities import GreyScans, bits_per_dim, nats, normals, stated, trained
-from measure import keep, table
+from densities import REPORTED, Report, density_options, normals
 from PIL import Image
-
-from medgen.config import load_preset
-from medgen.metrics.detection import auroc
-
-REPORTED = ("tenth", "val", "test", "ill")
 
 
 def webp_bits(levels: np.ndarray) -> np.ndarray:
@@ -63,35 +54,13 @@ def gaussian(scans: dict[str, np.ndarray]) -> tuple[RidgeGaussian, float]:
 
 
 def main() -> None:
-    options = argparse.ArgumentParser()
-    options.add_argument("--presets", default="", help="medgen presets, separated by commas; none: baselines only")
-    options.add_argument("--minutes", type=float, default=10, help="of training, each preset and seed")
-    options.add_argument("--seeds", type=int, default=1)
-    options.add_argument("--set", nargs="*", default=[], help="overrides of every preset, such as fit.ema=5000")
-    options = options.parse_args()
-    began, scans = time.monotonic(), normals()
-    rows, results = [], {"scans": {name: len(levels) for name, levels in scans.items()}}
-
-    def report(name: str, bits: dict[str, np.ndarray], **facts: object) -> None:
-        found = {split: stated(values) for split, values in bits.items()}
-        # Does an ill chest cost more bits than a healthy one? Below 0.5 it costs fewer.
-        facts["AUROC of bits"] = auroc(bits["test"], bits["ill"])
-        results[name] = {"bits per dimension": found, **facts}
-        shown = ("{mean:.3f} +- {se:.3f}".format(**found[s]) if s in found else "" for s in REPORTED)
-        rows.append((name, *shown, facts["AUROC of bits"]))
-        print(*rows[-1], flush=True)
-
-    report("lossless WebP", {split: webp_bits(scans[split]) for split in REPORTED})
+    options, began, scans = density_options(), time.monotonic(), normals()
+    report = Report(scans)
+    report.add("lossless WebP", {split: webp_bits(scans[split]) for split in REPORTED})
     density, ridge = gaussian(scans)
-    report("ridge Gaussian", {split: density.bits(scans[split]) for split in ("val", "test", "ill")}, ridge=ridge)
-    for preset in filter(None, options.presets.split(",")):
-        for seed in range(options.seeds):
-            wanted = load_preset(preset, options.set)
-            model, facts = trained(wanted, scans["train"], scans["tenth"], minutes=options.minutes, seed=seed)
-            bits = {s: bits_per_dim(partial(nats, model), GreyScans(scans[s]).x) for s in REPORTED}
-            report(f"{preset}, seed {seed}", bits, **facts)
-    table(rows, ("density", *(f"{split}, bits/dim" for split in REPORTED), "AUROC of bits, ill over test"))
-    keep("flow_density", {"threads": torch.get_num_threads(), **results}, began)
+    report.add("ridge Gaussian", {split: density.bits(scans[split]) for split in ("val", "test", "ill")}, ridge=ridge)
+    report.train(options)
+    report.keep("flow_density", began)
 
 
 if __name__ == "__main__":
