@@ -16,14 +16,15 @@ from worlds import QUICK_2D, SAMPLES
 import medgen
 from medgen import io
 from medgen.bundle import Bundle
+from medgen.data.dataset import Batch
 from medgen.data.manifest import index
 from medgen.errors import CapabilityError, ConfigError, DataError, OutputError, PrivacyError
 from medgen.io.raster import write_npz
-from medgen.models import build, config_of
+from medgen.models import FAMILIES, build, config_of, family
 from medgen.report.scatter import scatter
-from medgen.tasks.codes import Coder
+from medgen.tasks.codes import Code, Coder
 from medgen.tasks.intake import taken_in
-from medgen.tasks.walks import between
+from medgen.tasks.walks import between, conditions_between
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -71,6 +72,10 @@ def flow_bundle(xray_bundle, tmp_path_factory) -> Path:
     """A flow for the radiographs."""
     return like(xray_bundle, tmp_path_factory.mktemp("flow") / "bundle",
                 {"kind": "flow", "width": 4, "levels": 1, "steps": 2})  # fmt: skip
+
+
+def defaults_can(kind: str) -> frozenset[str]:
+    return family(kind).abilities(family(kind).Config(shape=(64, 64)))
 
 
 # -- embed -----------------------------------------------------------------------------------------------
@@ -299,6 +304,35 @@ def test_what_cannot_be_interpolated_is_refused(xrays, xray_bundle, tmp_path):
     with pytest.raises(OutputError):
         medgen.traverse(xray_bundle, tmp_path / "out", force=True)
     assert not list(tmp_path.glob("*.part"))
+
+
+@pytest.mark.parametrize("kind", [k for k in FAMILIES if {"encodes", "decodes"} <= defaults_can(k)])
+def test_between_two_classes_every_family_has_a_way(kind, xrays, xray_bundle):
+    given = Bundle.load(xray_bundle)
+    small = {"width": 8, "latent": 4, "depth": 1, "levels": 1}
+    fields = {name: value for name, value in small.items() if name in family(kind).Config.model_fields}
+    torch.manual_seed(0)
+    model = build(config_of({"kind": kind, "shape": (16, 16), "classes": ("normal", "opacity"), **fields}))
+    manifest = index(xrays)
+    chosen = [manifest.where(label=label).rows[n] for n in range(4) for label in ("normal", "opacity")]
+    scans = [taken_in(given, manifest.locate(row.path), io.ReadOptions()) for row in chosen]
+    batch = Batch(torch.cat([scan.x for scan in scans]), torch.tensor([0, 1] * 4))
+    model.initialise(batch)
+    model.finalise([batch])
+    coder = Coder(Bundle({"model": model.eval()}, given.recipe, given.contract), ("encodes", "decodes"), "test", "cpu")
+    ends = [coder.code(scan.x, torch.tensor([n])) for n, scan in enumerate(scans[:2])]
+    if "reconstructs" in model.abilities(model.config):
+        for n, end in enumerate(ends):
+            twin = model.reconstruct(scans[n].x, torch.tensor([n]))[0].clamp(0, 1)
+            assert torch.allclose(coder.decode(end), twin.detach(), atol=1e-4)
+    middle = Code(between(ends[0].z, ends[1].z, 0.5, "linear"), conditions_between(coder, *ends, 0.5))
+    assert middle.cond is not None
+    assert torch.allclose(middle.cond, torch.tensor([[0.5, 0.5]]))
+    assert bool(torch.isfinite(coder.decode(middle)).all())
+    # Which class an unlabelled scan is told is one of the two, and always the same.
+    told = [coder.encode(scans[0], chosen[0]).cond for _ in range(2)]
+    assert told[0] is not None
+    assert torch.equal(*told)
 
 
 # -- traverse --------------------------------------------------------------------------------------------

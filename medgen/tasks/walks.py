@@ -118,7 +118,7 @@ def interpolate(
     _fresh(work)
     with work.writing():
         for n, t in enumerate(track(np.linspace(0, 1, steps).tolist(), "Interpolating", steps)):
-            code = Code(between(a.code.z, b.code.z, t, chosen), _between_conditions(coder, a.code, b.code, t))
+            code = Code(between(a.code.z, b.code.z, t, chosen), conditions_between(coder, a.code, b.code, t))
             scale = _mixed(a.like.scan.ready.scale, b.like.scan.ready.scale, t)
             writer.write(f"STEP-{n + 1:02d}", coder.decode(code), scale, {"t": round(t, 4)})
         shown = [a.like.scan.source, *writer.scans, b.like.scan.source]
@@ -236,7 +236,7 @@ def between(a: Float[Tensor, "1 *code"], b: Float[Tensor, "1 *code"], t: float, 
     return (1 - t) * a + t * b
 
 
-def _between_conditions(coder: Coder, a: Code, b: Code, t: float) -> Tensor | None:
+def conditions_between(coder: Coder, a: Code, b: Code, t: float) -> Tensor | None:
     """What the model is told between two conditions: a mixture of both."""
     if a.cond is None or b.cond is None or torch.equal(a.cond, b.cond) or t in (0.0, 1.0):
         return b.cond if t == 1.0 else a.cond
@@ -360,4 +360,4 @@ def _across(count: int, scan: Scan) -> int:
     return count if scan.is_planar else 3 * count
 
 
-__all__ = ["Walked", "Way", "between", "interpolate", "traverse"]
+__all__ = ["Walked", "Way", "between", "conditions_between", "interpolate", "traverse"]
