@@ -39,6 +39,8 @@ _MICRO_BATCH = {2: 16, 3: 1}
 _LEAST_NOISE = (0.5 / 255) ** 2
 # Noise begins no smaller than this, where it still learns (log of 1.7 grey levels of 8 bits).
 _LEAST_LOG_SCALE = -5.0
+# Scans' worth of belief that all places are equally noisy.
+_DOUBT = 8
 # The most a voxel's log sigma differs from what is usual of its place.
 _MOST_SCALE = 4.0
 
@@ -238,8 +240,13 @@ class HVAE(Model):
                 left = batch.x - self._seen(picture)
                 _start(rung, left, slope=4.0 if logits else 1.0)
                 picture = picture + rung.shown(rung.gain(squeezed(left, rung.block).movedim(1, -1)).movedim(-1, 1))
-            best = best_log_scale(self.config.likelihood, batch.x, self._seen(picture))
+            seen = self._seen(picture)
+            best = best_log_scale(self.config.likelihood, batch.x, seen)
             self.slow_log_scale.copy_(best.clamp(min=_LEAST_LOG_SCALE) / 10)
+            # Each place's own noise, as sure as there are scans to tell.
+            usual = (batch.x - seen).square().mean((0, *range(2, seen.ndim)), keepdim=True).clamp(min=_LEAST_NOISE)
+            here = ((batch.x - seen).square().sum(0, keepdim=True) + _DOUBT * usual) / (len(seen) + _DOUBT)
+            self.place_log_scale.copy_(0.5 * (here / usual).log())
 
     @torch.no_grad()
     def health(self, batches: Iterable[Batch]) -> dict[str, float]:
