@@ -191,7 +191,7 @@ def traverse(
     start = ends[0].code if len(ends) == 1 else Code(centre, codes[0].cond)
     content = "DERIVED from a patient's scan" if ends else "SYNTHETIC"
     like = ends[0].like if len(ends) == 1 else None
-    writer = DerivedWriter(bundle, work.folder, like, "Scan whose code a model moved; shows nobody")
+    writer = DerivedWriter(bundle, work.folder, like, "Decoded after a scan's code was moved")
     _fresh(work)
     places = [0.0] if steps == 1 else np.linspace(-reach, reach, steps).tolist()
     with work.writing():
