@@ -112,9 +112,7 @@ def interpolate(
     work = Workspace(out, settings, force=force)
     a, b = (_ends(coder, scan, options, single=True)[0] for scan in (scan_a, scan_b))
     chosen = way if way != "auto" else "spherical" if coder.is_noise(a.code.z) else "linear"
-    writer = DerivedWriter(
-        bundle, work.folder, a.like, "Scan between the codes of two patients' scans; shows neither of them"
-    )
+    writer = DerivedWriter(bundle, work.folder, a.like, "Decoded between the codes of two patients' scans")
     _fresh(work)
     with work.writing():
         for n, t in enumerate(track(np.linspace(0, 1, steps).tolist(), "Interpolating", steps)):
