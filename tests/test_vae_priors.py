@@ -11,8 +11,8 @@ from medgen.data.covariates import Covariate
 from medgen.data.dataset import Batch
 from medgen.models import build, config_of
 from medgen.models.vae import VAE
-from medgen.prob.codeprior import CodeMixture, CodeSpline, pseudo_inputs
 from medgen.prob.divergences import activity, mmd
+from medgen.prob.learned import CodeMixture, CodeSpline, pseudo_inputs
 
 
 def noise(*shape: int, seed: int = 0) -> torch.Tensor:

@@ -33,8 +33,8 @@ from medgen.data.dataset import Batch
 from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig, conditional
 from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
-from medgen.prob.codeprior import CodeMixture, CodeSpline, FlowPrior, PriorConfig, VampPrior, pseudo_inputs
 from medgen.prob.divergences import activity, kl_to_standard_normal, mmd, with_free_bits
+from medgen.prob.learned import CodeMixture, CodeSpline, FlowPrior, PriorConfig, VampPrior, pseudo_inputs
 from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
 from medgen.prob.priors import CodeField, principal_components
 from medgen.seeds import derived_seed, seeded_noise
