@@ -282,11 +282,12 @@ class Autoregressive(Model):
             where = hole[i, 0]
             if not bool(where.any()):
                 continue
+            known = torch.where(where, 0, levels[i])
             told = [None if g is None else g[i : i + 1].expand(count, *g.shape[1:]) for g in (cond, context)]
             # Everything behind the hole's first row is told anew as the walk goes on.
             u = _uniform((count, 2, *levels.shape[1:]), derived_seed(seed, i), 3, 0).to(x.device)
-            start = levels[i : i + 1].expand(count, *levels.shape[1:]).clone()
-            drawn = self._walked(self.net.walk(self.config.shape, count, told[0], told[1]), start, u, where)
+            walk = self.net.walk(self.config.shape, count, told[0], told[1])
+            drawn = self._walked(walk, known.expand(count, *known.shape).clone(), u, where.cpu())
             after = (self._channels(drawn, told[0], told[1], None) * ~where).flatten(1).sum(1)
             pick = _uniform((1, 1), derived_seed(seed, i), 4, 0).to(x.device)
             chosen = int((after.double().softmax(0).cumsum(0) < pick[0]).sum().clamp(max=count - 1))

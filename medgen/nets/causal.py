@@ -109,7 +109,10 @@ class CausalStack(nn.Module):
             cond: class indices (b,) or a table (b, conditions).
             given: (b or 1, given, *space).
         """
-        return self.last(self.act(self.features(features, self.told(cond, given))[-1][-1]))
+        found = self.act(self.features(features, self.told(cond, given))[-1][-1])
+        # Rounded to eight bits of mantissa, outputs would be off by a grey level.
+        with torch.autocast(found.device.type, enabled=False):
+            return self.last(found.to(self.last.weight.dtype))
 
     def features(self, seen: Tensor, told: list[list[Tensor | None]]) -> list[list[Tensor]]:
         """What every step of every stack comes to."""

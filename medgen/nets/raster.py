@@ -66,7 +66,8 @@ class RasterNet(nn.Module):
         if not self.heads:
             return features
         k = earlier.shape[1]
-        return self.heads[k](functional.silu(features + self.earlier[k](earlier) if k else features))
+        with torch.autocast(features.device.type, enabled=False):
+            return self.heads[k](functional.silu(features + self.earlier[k](earlier) if k else features))
 
     def alone(self, given: Tensor) -> Tensor:
         """What a guide's map says of every channel by itself."""
@@ -171,7 +172,9 @@ class RasterMLP(nn.Module):
         code: Float[Tensor, "b told"] | None = None,
     ) -> Float[Tensor, "b c outside *space"]:  # fmt: skip
         """Numbers of every channel of every voxel."""
-        found = self.mlp(_rows(x), cond, self._told(context, code)).reshape(len(x), *self.shape, self.channels, -1)
+        with torch.autocast(x.device.type, enabled=False):
+            found = self.mlp(_rows(x), cond, self._told(context, code))
+        found = found.reshape(len(x), *self.shape, self.channels, -1)
         return found.movedim(-1, 1).movedim(-1, 1)
 
     def _told(self, context: Tensor | None, code: Tensor | None) -> Tensor | None:

@@ -57,7 +57,8 @@ class RowLSTM(nn.Module):
         y = self.within(features, None, given)
         for layer in self._each():
             y, _, _ = layer(y, given)
-        return self.last(functional.silu(y))
+        with torch.autocast(y.device.type, enabled=False):
+            return self.last(functional.silu(y.to(self.last.weight.dtype)))
 
     def walk(
         self, space: Sequence[int], count: int, cond: Tensor | None = None, given: Tensor | None = None
