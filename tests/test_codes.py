@@ -443,6 +443,7 @@ def test_a_dry_run_writes_nothing(command, xrays, xray_bundle, tmp_path):
 # -- privacy ---------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_nobody_is_named_and_derived_scans_say_what_they_are(tmp_path):
     from test_privacy_canary import disguised, traces
 
