@@ -230,3 +230,16 @@ def test_posteriors_do_not_see_scans_where_none_is_given():
 
     model._path(draw, 2, None)
     assert seen == [None] * len(model.rungs)
+
+
+@torch.no_grad()
+def test_a_scan_like_no_other_does_not_set_the_ladder_off():
+    """Every rung hears the one above; what is far off must cost much, not everything."""
+    model = hvae(steps=4, whole=3, shaken=False)
+    for rung in model.rungs:  # a ladder that overdoes everything
+        for part in (rung.prior, rung.to_code, rung.gain, rung.tell):
+            part.weight.mul_(3).add_(0.3 * torch.randn_like(part.weight))
+    strange = torch.stack([torch.zeros(1, 8, 8), torch.ones(1, 8, 8), (torch.rand(1, 8, 8) > 0.5).float()])
+    assert bool(torch.isfinite(model.elbo(strange)).all())
+    posterior = model.encode(strange)
+    assert float(posterior.mean.abs().max()) <= 8

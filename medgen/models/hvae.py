@@ -197,8 +197,8 @@ class HVAE(Model):
         return _Path(codes, posteriors, self._likelihood(h, picture))
 
     def _seen(self, picture: Tensor) -> Tensor:
-        """The picture on the scans' scale."""
-        return torch.sigmoid(picture) if self.config.likelihood == "bernoulli" else picture
+        """The picture on the scans' scale, where inference looks at it; never far off the scale."""
+        return torch.sigmoid(picture) if self.config.likelihood == "bernoulli" else picture.clamp(-1, 2)
 
     def _likelihood(self, h: Tensor, picture: Tensor) -> Independent:
         offset = self.to_log_scale(nn.functional.silu(h)).float()

@@ -10,6 +10,9 @@ from torch.distributions import Independent, Normal
 
 from medgen.nets.blocks import ConditionBias, conv, from_blocks, squeezed
 
+# Codes are what they are up to so many standard deviations from what is expected, and never beyond the second number.
+_USUAL, _MOST = 5.0, 8.0
+
 
 class Bottleneck(nn.Module):
     """x + f(x) with f narrow inside and zero at first (Child 2021, "Very deep VAEs", figure 3)."""
@@ -95,6 +98,7 @@ class Rung(nn.Module):
     def expected(self, h: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """mu_p and sigma_p (b, latent, *positions), and what mu_p adds to the picture."""
         mean, log_scale = self.prior(nn.functional.silu(h)).float().chunk(2, dim=1)
+        mean = _within(mean)
         return mean, log_scale.clamp(-7, 3).exp(), self.shown(mean)
 
     def shown(self, z: Float[Tensor, "b latent *positions"]) -> Float[Tensor, "b c *space"]:
@@ -106,7 +110,7 @@ class Rung(nn.Module):
         rows = squeezed(innovation, self.block)
         learned = self.to_code(self.infer(h + self.look(rows))).float()
         shift, log_scale = learned.chunk(2, dim=1)
-        loc = self.gain(rows.movedim(1, -1)).float().movedim(-1, 1) + shift
+        loc = _within(self.gain(rows.movedim(1, -1)).float().movedim(-1, 1) + shift)
         return Independent(Normal(loc, log_scale.clamp(-7, 3).exp(), validate_args=False), loc.ndim - 1)
 
     def forward(self, h: Tensor, z: Tensor, picture: Tensor) -> tuple[Tensor, Tensor]:
@@ -114,6 +118,12 @@ class Rung(nn.Module):
         h = self.body(h + self.tell(z))
         learned = self.head(nn.functional.silu(h)).float()
         return h, picture + self.shown(z) + from_blocks(learned.movedim(1, -1), self.block)
+
+
+def _within(code: Tensor) -> Tensor:
+    """Codes that stay finite: each rung hears the one above, and a scan like no other must not set them off."""
+    usual, room = code.clamp(-_USUAL, _USUAL), _MOST - _USUAL
+    return usual + room * torch.tanh((code - usual) / room)
 
 
 __all__ = ["Bottleneck", "Entrance", "Rung"]
