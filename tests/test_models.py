@@ -13,7 +13,7 @@ from medgen.config import load_preset, preset_names
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, ConfigError
 from medgen.models import FAMILIES, build, config_of, family
-from medgen.models import base as abilities_of
+from medgen.models import abilities as abilities_of
 from medgen.models.base import Loss, Model
 
 # The method that belongs to each ability.

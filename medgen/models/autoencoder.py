@@ -22,7 +22,7 @@ no density: only the uncertain decoder is a distribution, and it is one given th
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float, Int
@@ -33,7 +33,8 @@ from torch.distributions import Distribution
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
 from medgen.metrics.image import ssim_map
-from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig
+from medgen.models.abilities import Ability
+from medgen.models.base import CodedConfig, Loss, Model, ModelConfig
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.nets.memory import Memory, address_entropy
 from medgen.nets.noise import foreground_noise
@@ -60,17 +61,11 @@ class Autoencoder(Model):
         torch.Size([3, 1, 16, 16])
     """
 
-    class Config(CovariateConfig):
+    class Config(CodedConfig):
         """An autoencoder.
 
         Args:
             kind: 'autoencoder'.
-            code: 'vector' (few numbers for the whole scan) or 'map' (numbers per coarse position).
-            latent: length of the vector, or channels of the map.
-            width: features at the finest level.
-            levels: halvings between scan and code, after folding.
-            fold: block size turned into channels first; 2 makes volumes eight times cheaper.
-            depth: residual blocks a level.
             loss: 'l2', the squared error, 'l1', the absolute error, both of grey values on [0, 1]; 'ssim', one minus
                 the structural similarity, without unit. Summed over voxels and channels.
             uncertainty: predict the variance of every voxel, too; the loss is then -log N(x; x', s^2), nats.
@@ -82,12 +77,6 @@ class Autoencoder(Model):
         """
 
         kind: Literal["autoencoder"] = "autoencoder"
-        code: Literal["vector", "map"] = "vector"
-        latent: int = Field(default=16, ge=1)
-        width: int = Field(default=32, ge=1)
-        levels: int = Field(default=2, ge=0, le=16)
-        fold: int = Field(default=1, ge=1)
-        depth: int = Field(default=1, ge=0, le=64)
         loss: Literal["l2", "l1", "ssim"] = "l2"
         uncertainty: bool = False
         noise: float = Field(default=0.0, ge=0)
@@ -96,25 +85,8 @@ class Autoencoder(Model):
         memory: int = Field(default=0, ge=0)
         mixture: int = Field(default=5, ge=1)
 
-        @property
-        def stride(self) -> int:
-            """Voxels along an axis per code position; every axis of `shape` is a multiple of it."""
-            return self.fold * 2**self.levels
-
-        @property
-        def coarse(self) -> tuple[int, ...]:
-            """Feature positions along each axis at the coarsest level."""
-            return tuple(n // self.stride for n in self.shape)
-
-        @property
-        def code_shape(self) -> tuple[int, ...]:
-            """(latent, *positions); a vector is a map with one position."""
-            return (self.latent, *(self.coarse if self.code == "map" else (1,) * self.dims))
-
         @model_validator(mode="after")
         def _consistent(self) -> "Autoencoder.Config":
-            if any(n % self.stride for n in self.shape):
-                raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
             if self.uncertainty and self.loss != "l2":
                 raise ValueError(f"uncertainty brings its own loss, a Gaussian's; found loss {self.loss!r}")
             if self.skips and not self.noise:
@@ -162,13 +134,6 @@ class Autoencoder(Model):
         for parameter in (*self.to_code.parameters(), *self.decoder.head[0].parameters()):
             nn.init.zeros_(parameter)
         channels_last(self, dims)
-
-    @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Fold times two to the number of levels."""
-        defaults = {name: field.default for name, field in cls.Config.model_fields.items()}
-        filled = defaults | values
-        return int(filled["fold"]) * 2 ** int(filled["levels"])
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:

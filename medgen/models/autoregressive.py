@@ -32,7 +32,8 @@ from torch.nn import functional
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import ConditionedConfig, Loss, Model, ModelConfig, conditional
 from medgen.nets.blocks import ConditionBias
 from medgen.nets.causal import CausalStack, Style
 from medgen.nets.conditioner import Guide
@@ -339,23 +340,24 @@ def _network(config: Autoregressive.Config, outside: int) -> RasterMLP | RasterN
     numbers, context = config.condition_width, config.context
     if config.network == "masked-mlp":
         return RasterMLP(
-            channels, config.shape, outside, width, depth, conditions=numbers, told=config.binary_code,
+            (channels, *config.shape), outside, width, depth, conditions=numbers, told=config.binary_code,
             context=context, dropout=config.dropout,
         )  # fmt: skip
     guide = None
     if numbers or context or config.position:
         guide = Guide(dims, _GUIDE, numbers=numbers, seen=context, extent=config.shape, places=config.position)
-    told = {"kernel": config.kernel, "given": _GUIDE if guide else 0, "dropout": config.dropout}
-    entering, leaving = RasterNet.inside(dims, channels), outside if channels == 1 else width
+    given, entering = _GUIDE if guide else 0, RasterNet.inside(dims, channels)
+    leaving = outside if channels == 1 else width
     if config.network == "rowlstm":
-        body = RowLSTM(dims, entering, leaving, width, depth, **told)
+        more = {"kernel": config.kernel, "given": given, "dropout": config.dropout}
+        body = RowLSTM(dims, entering, leaving, width, depth, **more)
     else:
-        reach = [2**k for k in range(16) if 2**k < config.shape[0]] or [1]
+        doubling = tuple(2**k for k in range(16) if 2**k < config.shape[0])
         style = Style(
-            "resnet" if config.network == "pixelcnnpp" else "gated", config.levels,
-            tuple(reach) if config.network == "wavenet" else (1,),
+            "resnet" if config.network == "pixelcnnpp" else "gated", config.kernel, config.dropout, config.levels,
+            dilations=(doubling or (1,)) if config.network == "wavenet" else (1,),
         )  # fmt: skip
-        body = CausalStack(dims, entering, leaving, width, depth, style=style, **told)
+        body = CausalStack(dims, entering, leaving, width, depth, given=given, style=style)
     return RasterNet(body, guide, channels=channels, outside=outside, width=width)
 
 

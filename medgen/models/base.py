@@ -3,23 +3,17 @@
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
-from torch.distributions import Distribution
 
 from medgen.data.covariates import Covariate
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
-
-# What a model can do; tasks ask for these words and never for a class.
-Ability = Literal[
-    "samples", "encodes", "decodes", "reconstructs", "scores_density", "estimates_density", "bounds_density",
-    "maps_density", "restores", "translates", "classifies", "inpaints",
-]  # fmt: skip
+from medgen.models.abilities import Ability
 
 
 class ModelConfig(BaseModel):
@@ -88,6 +82,47 @@ class ConditionedConfig(CovariateConfig):
     context: int = Field(default=0, ge=0)
 
 
+class CodedConfig(CovariateConfig):
+    """A family whose convolutions make a code of a scan: fold, then halve `levels` times.
+
+    Args:
+        code: 'vector' (few numbers for the whole scan) or 'map' (numbers per coarse position).
+        latent: length of the vector, or channels of the map.
+        width: features at the finest level.
+        levels: halvings between scan and code, after folding.
+        fold: block size turned into channels first; 2 makes volumes eight times cheaper.
+        depth: residual blocks a level.
+    """
+
+    code: Literal["vector", "map"] = "vector"
+    latent: int = Field(default=16, ge=1)
+    width: int = Field(default=32, ge=1)
+    levels: int = Field(default=2, ge=0, le=16)
+    fold: int = Field(default=1, ge=1)
+    depth: int = Field(default=1, ge=0, le=64)
+
+    @property
+    def stride(self) -> int:
+        """Voxels along an axis per code position; every axis of `shape` is a multiple of it."""
+        return self.fold * 2**self.levels
+
+    @property
+    def coarse(self) -> tuple[int, ...]:
+        """Feature positions along each axis at the coarsest level."""
+        return tuple(n // self.stride for n in self.shape)
+
+    @property
+    def code_shape(self) -> tuple[int, ...]:
+        """(latent, *positions); a vector is a map with one position."""
+        return (self.latent, *(self.coarse if self.code == "map" else (1,) * self.dims))
+
+    @model_validator(mode="after")
+    def _divisible(self) -> "CodedConfig":
+        if any(n % self.stride for n in self.shape):
+            raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+        return self
+
+
 def conditional(config: ModelConfig, abilities: set[Ability]) -> frozenset[Ability]:
     """These abilities, and 'classifies' where a density is told apart by class: p(y | x) follows by Bayes."""
     told: set[Ability] = {"scores_density", "bounds_density"}
@@ -152,7 +187,10 @@ class Model(nn.Module):
     @classmethod
     def stride(cls, values: dict[str, Any]) -> int | tuple[int, ...]:
         """What every axis of a scan must be a multiple of with these `values`: one number, or one for each axis."""
-        return 1
+        if not issubclass(cls.Config, CodedConfig):
+            return 1
+        fold, levels = (int(values.get(name, cls.Config.model_fields[name].default)) for name in ("fold", "levels"))
+        return fold * 2**levels
 
     @property
     def mixed_precision_pays(self) -> bool:
@@ -217,132 +255,14 @@ class Model(nn.Module):
         return torch.stack(told, 1).log_softmax(1)
 
 
-@runtime_checkable
-class Samples(Protocol):
-    """Draws new scans."""
-
-    def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
-        """`n` scans; scan i depends on (seed, i) and its condition, never on n."""
-        ...
-
-
-@runtime_checkable
-class Encodes(Protocol):
-    """Maps a scan to a distribution over codes."""
-
-    def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Distribution:
-        """q(z | x)."""
-        ...
-
-
-@runtime_checkable
-class Decodes(Protocol):
-    """Maps a code to a distribution over scans."""
-
-    def decode(self, z: Tensor, cond: Tensor | None = None) -> Distribution:
-        """p(x | z)."""
-        ...
-
-
-@runtime_checkable
-class Reconstructs(Protocol):
-    """Returns the scan as the model would have it."""
-
-    def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
-        """The model's version of `x`, on the same grid."""
-        ...
-
-
-@runtime_checkable
-class Restores(Protocol):
-    """Returns the nearest healthy twin of a scan."""
-
-    def restore(
-        self, x: Float[Tensor, "b c *space"], *, strength: float = 1.0, seed: int = 0, cond: Tensor | None = None
-    ) -> Float[Tensor, "b c *space"]:
-        """`x` without what the training scans do not have; `strength` 0 changes nothing but detail."""
-        ...
-
-
-@runtime_checkable
-class ScoresDensity(Protocol):
-    """Gives the exact log density."""
-
-    def log_prob(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
-        """log p(x), nats."""
-        ...
-
-
-@runtime_checkable
-class MapsDensity(Protocol):
-    """Says where in a scan its log density comes from."""
-
-    def log_prob_map(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b 1 *space"]:
-        """Each voxel's part of log p(x), nats; the parts sum to `log_prob` (or to `elbo`)."""
-        ...
-
-
-@runtime_checkable
-class EstimatesDensity(Protocol):
-    """Estimates the log density, and says how well."""
-
-    def log_prob_estimate(
-        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, *, seed: int = 0
-    ) -> tuple[Float[Tensor, " b"], Float[Tensor, " b"]]:
-        """An estimate of log p(x) and its standard error, nats."""
-        ...
-
-
-@runtime_checkable
-class BoundsDensity(Protocol):
-    """Gives a lower bound of the log density."""
-
-    def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
-        """A lower bound of log p(x), nats."""
-        ...
-
-
-@runtime_checkable
-class Classifies(Protocol):
-    """Says how likely each class is."""
-
-    def class_log_prob(
-        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
-    ) -> Float[Tensor, "b k"]:
-        """log p(y | x)."""
-        ...
-
-
-@runtime_checkable
-class Inpaints(Protocol):
-    """Draws what belongs into a hole of a scan."""
-
-    def inpaint(
-        self, x: Float[Tensor, "b c *space"], hole: Bool[Tensor, "b 1 *space"], *, seed: int, cond: Tensor | None = None
-    ) -> Float[Tensor, "b c *space"]:
-        """`x` with the voxels of `hole` drawn anew, given the others, which stay as they are."""
-        ...
-
-
 __all__ = [
-    "Ability",
-    "BoundsDensity",
-    "Classifies",
+    "CodedConfig",
     "ConditionedConfig",
     "CovariateConfig",
-    "Decodes",
-    "Encodes",
-    "EstimatesDensity",
-    "Inpaints",
     "Loss",
-    "MapsDensity",
     "Model",
     "ModelConfig",
     "Player",
-    "Reconstructs",
-    "Restores",
-    "Samples",
-    "ScoresDensity",
     "conditional",
     "each_class",
 ]

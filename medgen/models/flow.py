@@ -26,7 +26,8 @@ from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import ConditionedConfig, Loss, Model, ModelConfig, conditional
 from medgen.nets.blocks import from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.told import require_context

@@ -28,7 +28,8 @@ from torch import Tensor
 
 from medgen.data.dataset import Batch
 from medgen.errors import ConfigError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig
+from medgen.models.abilities import Ability
+from medgen.models.base import ConditionedConfig, Loss, Model, ModelConfig
 from medgen.nets.told import Told, condition_table, context_image, require_context
 from medgen.nets.unet import UNet
 from medgen.prob.dequantisation import dequantised, nats_a_level, quantised

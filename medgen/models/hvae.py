@@ -25,7 +25,8 @@ from torch.distributions import Distribution, Independent, Normal
 
 from medgen.data.dataset import Batch
 from medgen.errors import ConfigError
-from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import CovariateConfig, Loss, Model, ModelConfig, conditional
 from medgen.nets.blocks import channels_last, conv, from_blocks, spread, squeezed
 from medgen.nets.ladder import Entrance, Rung
 from medgen.prob.divergences import activity, kl_to_standard_normal

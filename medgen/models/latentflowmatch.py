@@ -19,7 +19,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
 from medgen.models.flowmatch import FlowFields, FlowMatch
 from medgen.models.vae import VAE
 from medgen.seeds import derived_seed, seeded_noise

@@ -23,7 +23,8 @@ from torch.distributions import Independent, Normal
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
 from medgen.log import note
-from medgen.models.base import Ability, Loss, Model, ModelConfig, Player, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import Loss, Model, ModelConfig, Player, conditional
 from medgen.prob.dequantisation import dequantised, nats_a_level, quantised
 from medgen.prob.patches import PatchMixture
 from medgen.prob.point import Point

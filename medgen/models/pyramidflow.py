@@ -7,8 +7,8 @@ Brubaker 2020, "Wavelet Flow", equation 3):
 
 Every level is a local flow: `reach` positions about a voxel decide what happens to it and nothing else does. So each
 level trains alone, on patches that carry real neighbours in a margin as wide as the reach and count their loss
-only inside, weighted so that it is, on average, that of the whole scan. Scans of any size are scored, sampled and
-sharpened tile by tile, and the tiles agree: noise is a function of (seed, absolute voxel).
+only inside, weighted so that it is, on average, that of the whole scan. Scans of any size are scored, sampled
+and sharpened tile by tile, which agree: noise is a function of (seed, absolute voxel).
 """
 
 from collections.abc import Callable
@@ -22,7 +22,8 @@ from torch import Tensor, nn
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
-from medgen.models.base import Ability, ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import ConditionedConfig, Loss, Model, ModelConfig, Player, conditional
 from medgen.nets.blocks import channels_last, from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.haar import haar, haar_ladj, unhaar
@@ -33,10 +34,8 @@ from medgen.prob.dequantisation import dequantised, log_normal, nats_a_level, qu
 from medgen.seeds import derived_seed, voxel_normal, voxel_uniform
 
 _BINS = 8
-# Positions that tell ActNorm where to start: enough, and no more memory than training takes.
-_VOXELS = 2**20
-# Channels of the feature map that couplings are told besides the details.
-_GUIDE = 32
+# Positions that tell ActNorm where to start; channels of the feature map that couplings are told besides the details.
+_VOXELS, _GUIDE = 2**20, 32
 
 
 class PyramidFlow(Model):

@@ -21,7 +21,7 @@ With `mmd` the codes of a batch are besides drawn to the prior as a whole (Zhao 
 
 from collections.abc import Iterable
 from math import prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.distributions import Independent, Normal
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import CodedConfig, Loss, Model, ModelConfig, conditional
 from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.prob.divergences import activity, kl_to_standard_normal, mmd, with_free_bits
@@ -56,17 +57,11 @@ class VAE(Model):
         torch.Size([3, 1, 16, 16])
     """
 
-    class Config(CovariateConfig):
+    class Config(CodedConfig):
         """A VAE.
 
         Args:
             kind: 'vae'.
-            code: 'vector' (few numbers for the whole scan) or 'map' (numbers per coarse position).
-            latent: length of the vector, or channels of the map.
-            width: features at the finest level.
-            levels: halvings between scan and code, after folding.
-            fold: block size turned into channels first; 2 makes volumes eight times cheaper.
-            depth: residual blocks a level.
             likelihood: noise of p(x | z).
             beta: weight of the KL term; 1 is the evidence lower bound (Higgins et al. 2017, "beta-VAE").
             free_bits: nats every latent dimension may cost without being pushed towards the prior.
@@ -76,12 +71,6 @@ class VAE(Model):
         """
 
         kind: Literal["vae"] = "vae"
-        code: Literal["vector", "map"] = "vector"
-        latent: int = Field(default=16, ge=1)
-        width: int = Field(default=32, ge=1)
-        levels: int = Field(default=2, ge=0, le=16)
-        fold: int = Field(default=1, ge=1)
-        depth: int = Field(default=1, ge=0, le=64)
         likelihood: LikelihoodName = "gaussian"
         beta: float = Field(default=1.0, ge=0)
         free_bits: float = Field(default=0.0, ge=0)
@@ -89,25 +78,8 @@ class VAE(Model):
         mmd: float = Field(default=0.0, ge=0)
         prior: PriorConfig | None = None
 
-        @property
-        def stride(self) -> int:
-            """Voxels along an axis per code position; every axis of `shape` is a multiple of it."""
-            return self.fold * 2**self.levels
-
-        @property
-        def coarse(self) -> tuple[int, ...]:
-            """Feature positions along each axis at the coarsest level."""
-            return tuple(n // self.stride for n in self.shape)
-
-        @property
-        def code_shape(self) -> tuple[int, ...]:
-            """(latent, *positions); a vector is a map with one position."""
-            return (self.latent, *(self.coarse if self.code == "map" else (1,) * self.dims))
-
         @model_validator(mode="after")
-        def _divisible(self) -> "VAE.Config":
-            if any(n % self.stride for n in self.shape):
-                raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+        def _fits(self) -> "VAE.Config":
             if self.prior and self.free_bits:
                 raise ValueError("free_bits are counted by dimension, which a learned prior does not tell apart")
             if isinstance(self.prior, FlowPrior) and self.code == "map" and self.latent < 2:
@@ -142,13 +114,6 @@ class VAE(Model):
         for parameter in (*self.to_code.parameters(), *self.decoder.head[0].parameters()):
             nn.init.zeros_(parameter)
         channels_last(self, dims)
-
-    @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Fold times two to the number of levels."""
-        defaults = {name: field.default for name, field in cls.Config.model_fields.items()}
-        filled = defaults | values
-        return int(filled["fold"]) * 2 ** int(filled["levels"])
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:

@@ -14,7 +14,7 @@ quantisation of the scans' blocks in their principal components (k-means), so tr
 
 from collections.abc import Iterable
 from itertools import pairwise
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -24,7 +24,8 @@ from torch.distributions import Independent
 
 from medgen.data.dataset import Batch
 from medgen.errors import DataError
-from medgen.models.base import Ability, CovariateConfig, Loss, Model, ModelConfig, Player, conditional
+from medgen.models.abilities import Ability
+from medgen.models.base import CodedConfig, Loss, Model, ModelConfig, Player, conditional
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, spread, to_blocks
 from medgen.nets.codebook import Codebook, straight_through
 from medgen.nets.codeprior import CodePrior, PixelPrior, SequencePrior, redrawn
@@ -97,17 +98,12 @@ class VQVAE(Model):
         torch.Size([3, 1, 16, 16])
     """
 
-    class Config(CovariateConfig):
+    class Config(CodedConfig):
         """A VQ-VAE.
 
         Args:
             kind: 'vqvae'.
             codes: vectors of the codebook.
-            latent: numbers in each.
-            width: features at the finest level.
-            levels: halvings between scan and code map, after folding.
-            fold: block size turned into channels first; 2 makes volumes eight times cheaper.
-            depth: residual blocks a level.
             likelihood: noise of p(x | z).
             commitment: weight of the encoder's distance from its codes.
             decay: part of the codebook that a step of training keeps.
@@ -118,29 +114,14 @@ class VQVAE(Model):
 
         kind: Literal["vqvae"] = "vqvae"
         codes: int = Field(default=256, ge=2, le=65536)
+        code: Literal["map"] = "map"
         latent: int = Field(default=32, ge=1)
-        width: int = Field(default=32, ge=1)
-        levels: int = Field(default=2, ge=0, le=16)
-        fold: int = Field(default=1, ge=1)
-        depth: int = Field(default=1, ge=0, le=64)
         likelihood: LikelihoodName = "gaussian"
         commitment: float = Field(default=0.25, ge=0)
         decay: float = Field(default=0.99, gt=0, lt=1)
         revive: float = Field(default=0.02, ge=0, lt=1)
         share: float = Field(default=0.5, gt=0, lt=1)
         prior: Annotated[PixelCNNPrior | TransformerPrior, Field(discriminator="kind")] = PixelCNNPrior()
-
-        @property
-        def positions(self) -> tuple[int, ...]:
-            """Codes along each axis."""
-            return tuple(n // (self.fold * 2**self.levels) for n in self.shape)
-
-        @model_validator(mode="after")
-        def _divisible(self) -> "VQVAE.Config":
-            stride = self.fold * 2**self.levels
-            if any(n % stride for n in self.shape):
-                raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {stride}")
-            return self
 
     config: "VQVAE.Config"
 
@@ -150,7 +131,7 @@ class VQVAE(Model):
         sizes = {"fold": config.fold, "depth": config.depth, "classes": 0}
         self.encoder = Encoder(config.dims, config.channels, config.width, config.levels, **sizes)
         self.decoder = Decoder(config.dims, config.channels, config.width, config.levels, **sizes)
-        self.block = (config.fold * 2**config.levels,) * config.dims
+        self.block = (config.stride,) * config.dims
         voxels = config.channels * self.block[0] ** config.dims
         self.linear_in = nn.Linear(voxels, config.latent)
         self.linear_out = nn.Linear(config.latent, voxels)
@@ -163,12 +144,6 @@ class VQVAE(Model):
             nn.init.zeros_(parameter)
         self.prior = _prior(config)
         channels_last(self, config.dims)
-
-    @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Fold times two to the number of levels."""
-        fold, levels = (values.get(name, cls.Config.model_fields[name].default) for name in ("fold", "levels"))
-        return int(fold) * 2 ** int(levels)
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
@@ -296,7 +271,7 @@ class VQVAE(Model):
         return torch.cat(drawn)
 
     def _uniform(self, seed: int) -> Float[Tensor, "*positions"]:
-        return voxel_uniform(self.config.positions, seed=seed)[0]
+        return voxel_uniform(self.config.coarse, seed=seed)[0]
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
@@ -394,7 +369,7 @@ def _prior(config: VQVAE.Config) -> CodePrior:
     numbers = config.condition_width + 1 if config.condition_width else 0
     fields = config.prior.model_dump(exclude={"kind"})
     kind = PixelPrior if config.prior.kind == "pixelcnn" else SequencePrior
-    return kind(config.codes, config.positions, numbers=numbers, **fields)
+    return kind(config.codes, config.coarse, numbers=numbers, **fields)
 
 
 __all__ = ["VQVAE", "PixelCNNPrior", "TransformerPrior"]

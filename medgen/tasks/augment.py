@@ -24,7 +24,7 @@ from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
-from medgen.models.base import Samples
+from medgen.models.abilities import Samples
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed

@@ -1,7 +1,8 @@
 """Which families can do a thing, for the sentence that refuses those that cannot."""
 
 from medgen.models import FAMILIES, family
-from medgen.models.base import Ability, Model, ModelConfig
+from medgen.models.abilities import Ability
+from medgen.models.base import Model, ModelConfig
 
 
 def can(model: Model, *abilities: Ability) -> bool:

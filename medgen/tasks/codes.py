@@ -25,7 +25,8 @@ from medgen.data.manifest import Manifest, Row, index
 from medgen.errors import CapabilityError, DataError, MedgenError, OutputError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
-from medgen.models.base import Ability, Decodes, Encodes, each_class
+from medgen.models.abilities import Ability, Decodes, Encodes
+from medgen.models.base import each_class
 from medgen.prob.priors import principal_components
 from medgen.report.scatter import scatter
 from medgen.tasks.capabilities import can, families_that

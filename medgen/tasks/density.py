@@ -9,7 +9,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from medgen.data.dataset import Batch
-from medgen.models.base import Ability, BoundsDensity, EstimatesDensity, MapsDensity, Model, ScoresDensity
+from medgen.models.abilities import Ability, BoundsDensity, EstimatesDensity, MapsDensity, ScoresDensity
+from medgen.models.base import Model
 from medgen.prob.dequantisation import grey
 from medgen.seeds import voxel_uniform
 from medgen.tasks.capabilities import can

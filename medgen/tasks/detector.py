@@ -28,14 +28,8 @@ from medgen.bundle import Bundle
 from medgen.data.dataset import Batch, ScanDataset
 from medgen.errors import CapabilityError
 from medgen.metrics.image import local_mean, ssim_map
-from medgen.models.base import (
-    Ability,
-    MapsDensity,
-    Model,
-    Reconstructs,
-    Restores,
-    each_class,
-)
+from medgen.models.abilities import Ability, MapsDensity, Reconstructs, Restores
+from medgen.models.base import Model, each_class
 from medgen.tasks.calibration import Normals, normals, tail_mean
 from medgen.tasks.capabilities import can, families_that
 from medgen.tasks.density import DENSITIES, given, log_density

@@ -18,7 +18,8 @@ from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note
 from medgen.models import build
-from medgen.models.base import Model, Samples
+from medgen.models.abilities import Samples
+from medgen.models.base import Model
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
 from medgen.seeds import derived_seed
@@ -99,9 +100,10 @@ def learn(
         torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_seed)))
         model = build(plan.model)
     settings = _timed(plan, model, train_set, work, device)
+    size = f"{count_parameters(model):,} parameters; at most {settings.images:,} images"
     note(
-        f"Training {plan.preset} ({count_parameters(model):,} parameters) on {len(train_set)} scans of "
-        f"{' x '.join(map(str, plan.model.shape))} voxels; at most {settings.images:,} images."
+        f"Learning {len(train_set)} scans of {' x '.join(map(str, plan.model.shape))} voxels with {plan.preset} "
+        f"({size if model.players() else 'in closed form'})."
     )
     seconds = None if plan.minutes is None else 60 * plan.minutes
     reached = fit(

@@ -16,7 +16,8 @@ from medgen.metrics.classification import (
     tempered,
 )
 from medgen.metrics.image import psnr, ssim_map
-from medgen.models.base import Classifies, Model, Reconstructs
+from medgen.models.abilities import Classifies, Reconstructs
+from medgen.models.base import Model
 from medgen.tasks.capabilities import can
 from medgen.tasks.density import bits_per_dim, density_kind, given
 

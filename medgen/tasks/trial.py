@@ -123,7 +123,7 @@ def _temperature(bundle: Any) -> float | None:
 
 def _sample_seconds(model: Any, test: Any) -> float:
     """Seconds a scan, when a few are drawn together."""
-    from medgen.models.base import Samples
+    from medgen.models.abilities import Samples
     from medgen.tasks.density import given
 
     n = min(len(test), 16 if model.config.dims == 2 else 1)

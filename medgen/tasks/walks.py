@@ -23,7 +23,7 @@ from medgen.data.manifest import Row, index
 from medgen.errors import CapabilityError, ConfigError, DataError, MedgenError, PrivacyError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
-from medgen.models.base import Samples
+from medgen.models.abilities import Samples
 from medgen.prob.priors import principal_components
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
