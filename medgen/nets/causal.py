@@ -32,12 +32,16 @@ class Style:
 
     Args:
         block: 'gated' (tanh times sigmoid) or 'resnet' (PixelCNN++: rectifiers, dropout, a gate).
+        kernel: width of convolutions, of which the half that lies before is used along a stack's axis.
+        dropout: part of a block's features dropped in training.
         levels: halvings and doublings of the stacks, with skips between them.
         dilations: of successive blocks along the first axis, over and over.
         first: the first axis that has a stack; positions along axes before it do not see each other.
     """
 
     block: Literal["gated", "resnet"] = "gated"
+    kernel: int = 3
+    dropout: float = 0.0
     levels: int = 0
     dilations: tuple[int, ...] = (1,)
     first: int = 0
@@ -51,11 +55,9 @@ class CausalStack(nn.Module):
         inside, outside: channels.
         width: features of every stack.
         depth: blocks a stack; with levels, each way and a level.
-        kernel: width of convolutions, of which the half that lies before is used along a stack's axis.
         conditions: numbers of a condition that every block is told, 0 for none.
         given: channels of a feature map that every block is told, all of which may be seen; 0 for none.
-        dropout: part of a block's features dropped in training.
-        style: gated or residual, flat or with levels, dilated or not.
+        style: how wide convolutions are, gated or residual, flat or with levels, dilated or not.
 
     Example:
         >>> stack = CausalStack(2, 1, 5, width=8, depth=2)
@@ -63,11 +65,12 @@ class CausalStack(nn.Module):
         torch.Size([3, 5, 6, 7])
     """
 
-    def __init__(  # noqa: PLR0913
-        self, dims: int, inside: int, outside: int, width: int, depth: int, *, kernel: int = 3, conditions: int = 0,
-        given: int = 0, dropout: float = 0.0, style: Style = Style(),
+    def __init__(
+        self, dims: int, inside: int, outside: int, width: int, depth: int, *, conditions: int = 0, given: int = 0,
+        style: Style = Style(),
     ) -> None:  # fmt: skip
         super().__init__()
+        kernel, dropout = style.kernel, style.dropout
         assert kernel % 2 == 1
         assert depth > 0
         self.dims, self.inside, self.width, self.style = dims, inside, width, style

@@ -76,8 +76,8 @@ class PixelPrior(CodePrior):
         # Along leading axes with one position there is nothing to see.
         first = next((axis for axis, n in enumerate(positions) if n > 1), len(positions) - 1)
         self.stack = CausalStack(
-            len(positions), width, codes, width, depth, kernel=kernel, conditions=numbers, given=_PLACES,
-            dropout=dropout, style=Style(first=first),
+            len(positions), width, codes, width, depth, conditions=numbers, given=_PLACES,
+            style=Style(kernel=kernel, dropout=dropout, first=first),
         )  # fmt: skip
         for parameter in self.stack.last.parameters():
             nn.init.zeros_(parameter)

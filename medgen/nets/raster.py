@@ -147,7 +147,7 @@ class RasterMLP(nn.Module):
     """A masked MLP over all channels of all voxels.
 
     Args:
-        channels, shape: of the scan.
+        size: channels of the scan, and voxels along each axis.
         outside: numbers a channel.
         width, depth: of the hidden layers.
         conditions: numbers of a condition.
@@ -156,16 +156,14 @@ class RasterMLP(nn.Module):
         dropout: in training.
     """
 
-    def __init__(  # noqa: PLR0913
-        self, channels: int, shape: Sequence[int], outside: int, width: int, depth: int, *, conditions: int = 0,
+    def __init__(
+        self, size: Sequence[int], outside: int, width: int, depth: int, *, conditions: int = 0,
         told: int = 0, context: int = 0, dropout: float = 0.0,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.shape, self.channels, self.context, self.code = tuple(shape), channels, context, told
-        told += context * prod(shape)
-        self.mlp = MaskedMLP(
-            channels * prod(shape), outside, width, depth, told=told, conditions=conditions, dropout=dropout
-        )
+        self.channels, self.shape = size[0], tuple(size[1:])
+        told += context * prod(self.shape)
+        self.mlp = MaskedMLP(prod(size), outside, width, depth, told=told, conditions=conditions, dropout=dropout)
 
     def forward(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None,
@@ -238,4 +236,4 @@ def _rows(x: Tensor) -> Tensor:
     return (2 * x - 1).flatten(2).transpose(1, 2).flatten(1)
 
 
-__all__ = ["RasterMLP", "RasterNet"]
+__all__ = ["RasterMLP", "RasterMLPWalk", "RasterNet", "RasterWalk", "entered"]

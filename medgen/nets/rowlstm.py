@@ -45,7 +45,7 @@ class RowLSTM(nn.Module):
         super().__init__()
         assert depth > 0
         self.dims, self.width = dims, width
-        self.within = CausalStack(dims, inside, width, width, 2, kernel=kernel, given=given, style=Style(first=1))
+        self.within = CausalStack(dims, inside, width, width, 2, given=given, style=Style(kernel=kernel, first=1))
         self.layers = nn.ModuleList([_Layer(dims, width, kernel, given, dropout) for _ in range(depth)])
         self.last = conv(dims, width, outside, 1)
         channels_last(self, dims)
@@ -55,7 +55,7 @@ class RowLSTM(nn.Module):
     ) -> Float[Tensor, "b outside *space"]:
         """The output everywhere; what is known besides is told by `given` (b or 1, given, *space) alone."""
         y = self.within(features, None, given)
-        for layer in self._each():
+        for layer in self.recurrences():
             y, _, _ = layer(y, given)
         with torch.autocast(y.device.type, enabled=False):
             return self.last(functional.silu(y.to(self.last.weight.dtype)))
@@ -66,7 +66,8 @@ class RowLSTM(nn.Module):
         """The same position by position."""
         return RowWalk(self, tuple(space), count, given)
 
-    def _each(self) -> "list[_Layer]":
+    def recurrences(self) -> "list[_Layer]":
+        """The layers, first to last."""
         return cast("list[_Layer]", list(self.layers))
 
 
@@ -82,7 +83,7 @@ class RowWalk:
         def empty(channels: int) -> Tensor:
             return weight.new_zeros(count, channels, *space)
 
-        layers = net._each()
+        layers = net.recurrences()
         self.layers = layers
         self.told = [layer.told(given) for layer in layers]
         # What enters each layer, with one position before the row; states; what the row above says.
