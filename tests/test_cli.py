@@ -275,7 +275,7 @@ def test_training_from_the_command_line(command, heads, tmp_path):
     assert bundle.licence == "CC0-1.0"
     assert bundle.training["images_seen"] == 16
     assert "64 scans" in err
-    assert "Training vae3d" in err
+    assert "with vae3d" in err
 
 
 # -- some scans wrong --------------------------------------------------------------------------------------
