@@ -22,7 +22,7 @@ from measure import keep, table
 
 from medgen.config import load_preset
 from medgen.data.dataset import Batch
-from medgen.models import build, config_of
+from medgen.models import build, config_of, family
 from medgen.models.base import Model
 from medgen.nets.blocks import count_parameters
 from medgen.training.fit import FitConfig, fit
@@ -98,6 +98,8 @@ def main() -> None:
     options.add_argument("--name", default="vae_bounds", help="of the results")
     options = options.parse_args()
     began, scans = time.monotonic(), normals()
+    for preset, _ in ROWS.values():  # all code is read before the first row is trained
+        family(load_preset(preset).model["kind"])
     names = options.rows.split(";") if ";" in options.rows else options.rows.split(",")
     rows, results = [], {}
     for name in names:
@@ -112,9 +114,9 @@ def main() -> None:
             units = f"{health['active_units']:.0f} of {health['units']:.0f}"
             rows.append((f"{name}, seed {seed}", *shown, units, facts["processor minutes"], facts["images seen"]))
             print(*rows[-1], results[f"{name}, seed {seed}"]["parts"], flush=True)
+            keep(options.name, {"threads": torch.get_num_threads(), "fit": FIT, **results}, began)
     heads = ("model", *(f"{split}, bits/dim" for split in REPORTED), "active units", "processor minutes", "images seen")
     table(rows, heads)
-    keep(options.name, {"threads": torch.get_num_threads(), "fit": FIT, **results}, began)
 
 
 if __name__ == "__main__":
