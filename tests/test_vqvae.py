@@ -258,7 +258,7 @@ def test_the_maps_sum_to_the_bound_and_to_the_probability_of_the_codes(shape):
     assert torch.allclose(model.log_prob_map(x).flatten(1).sum(1), model.elbo(x))
     codes = model.code_map(x)
     assert torch.allclose(model.code_log_prob(x), log_p(model.prior, codes), atol=1e-4)
-    assert model.code_log_prob_map(x).shape == (3, 1, *model.config.positions)
+    assert model.code_log_prob_map(x).shape == (3, 1, *model.config.coarse)
     voxels = model.elbo(x) - model.code_log_prob(x)
     assert torch.allclose(voxels, model.decode(model.encode(x).mean).log_prob(x).detach(), atol=1e-3)
 
