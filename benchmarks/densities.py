@@ -112,13 +112,14 @@ class Report:
         keep(name, {"threads": torch.get_num_threads(), **self.results}, began)
 
 
-def density_options(presets: str = "") -> argparse.Namespace:
+def density_options(name: str, presets: str = "") -> argparse.Namespace:
     """What a density benchmark is asked for."""
     options = argparse.ArgumentParser()
     options.add_argument("--presets", default=presets, help="medgen presets, separated by commas")
     options.add_argument("--minutes", type=float, default=10, help="of training, each preset and seed")
     options.add_argument("--seeds", type=int, default=1)
     options.add_argument("--set", nargs="*", default=[], help="overrides of every preset, such as fit.ema=5000")
+    options.add_argument("--name", default=name, help="of the file in results/")
     return options.parse_args()
 
 

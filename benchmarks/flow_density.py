@@ -54,13 +54,13 @@ def gaussian(scans: dict[str, np.ndarray]) -> tuple[RidgeGaussian, float]:
 
 
 def main() -> None:
-    options, began, scans = density_options(), time.monotonic(), normals()
+    options, began, scans = density_options("flow_density"), time.monotonic(), normals()
     report = Report(scans)
     report.add("lossless WebP", {split: webp_bits(scans[split]) for split in REPORTED})
     density, ridge = gaussian(scans)
     report.add("ridge Gaussian", {split: density.bits(scans[split]) for split in ("val", "test", "ill")}, ridge=ridge)
     report.train(options)
-    report.keep("flow_density", began)
+    report.keep(options.name, began)
 
 
 if __name__ == "__main__":
