@@ -39,16 +39,16 @@ class CodePrior(nn.Module):
         self, codes: Int[Tensor, "b *positions"], told: Float[Tensor, "b numbers"] | None = None
     ) -> Float[Tensor, "b k *positions"]:
         """Log probabilities of every code at every position, given the codes before it, nats."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} says nothing about codes")
 
     def step(self, count: int, told: Float[Tensor, "b numbers"] | None = None) -> Step:
         """The same of `count` maps position by position, at the price of one pass for all of them."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} says nothing about codes")
 
     @property
     def bias(self) -> Tensor:
         """Log chances of the codes where nothing else is known."""
-        raise NotImplementedError
+        raise TypeError(f"{type(self).__name__} says nothing about codes")
 
 
 class PixelPrior(CodePrior):

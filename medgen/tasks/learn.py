@@ -3,7 +3,7 @@
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal, cast
 
 import numpy as np
 import torch
@@ -123,11 +123,7 @@ def learn(
     for sentence in warnings:
         note(sentence)
     contract = _contract(plan, train_set)
-    held = _held_out(plan, options)
-    calibration, tensors = calibrate(model, held) if held and can_score(model) else ({}, {})
-    metrics = {f"held_out_{name}": value for name, value in quality(model, held).items()} if held else {}
-    if held and (temperature := temperature_of(model, held)):
-        calibration = {**calibration, "temperature": temperature}
+    calibration, tensors, metrics = _measured(model, _held_out(plan, options))
     model.cpu()
     bundle = Bundle(
         models={"model": model},
@@ -235,6 +231,16 @@ def _held_out(plan: Plan, options: ReadOptions) -> ScanDataset | None:
         return ScanDataset(rows, plan.recipe, **told_of(plan.model), options=options)
     except DataError:
         return None
+
+
+def _measured(model: Model, held: ScanDataset | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """What held-out healthy scans score, as numbers and tensors; and how good the model is on them."""
+    if held is None:
+        return {}, {}, {}
+    calibration, tensors = calibrate(model, held) if can_score(model) else ({}, {})
+    if temperature := temperature_of(model, held):
+        calibration = {**calibration, "temperature": temperature}
+    return calibration, tensors, {f"held_out_{name}": value for name, value in quality(model, held).items()}
 
 
 def _why_stopped(reached: Progress, settings: FitConfig) -> str:
