@@ -3,6 +3,7 @@
 import math
 import signal
 import threading
+import time
 from itertools import pairwise
 from pathlib import Path
 from typing import Literal
@@ -259,6 +260,35 @@ class Toy(Model):
 
 def toy(wrong: str = "") -> Toy:
     return Toy(Toy.Config(shape=(8, 8, 8), wrong=wrong))
+
+def test_when_the_time_is_up_every_stage_has_had_its_part(volumes):
+    """A prior over codes that never gets its turn would draw nothing but noise."""
+    model = toy()
+    model.turns = (Player("one", (model.one,), until=0.5), Player("two", (model.two,), since=0.5))
+    config = FitConfig(images=400, validations=20, patience=100, **QUICK)
+    progress = fit(model, volumes[0], None, config, seconds=1e-6)
+    trained = [name for name, _ in model.calls]
+    assert trained == ["one"] * (len(trained) // 2) + ["two"] * (len(trained) // 2)
+    assert len(trained) * config.batch_size == progress.trained < 100
+    assert progress.seen - progress.skipped == progress.trained
+    assert progress.finished
+
+
+def test_the_time_of_every_stage_counts_towards_the_images_planned(volumes):
+    """Whoever is slow in the second half is slow for half of the images."""
+
+    class Slow(Toy):
+        def forward(self, batch: Batch, player: str = "one") -> Loss:
+            time.sleep(0.05 if player == "two" else 0.0)
+            return super().forward(batch, player)
+
+    model = Slow(Toy.Config(shape=(8, 8, 8)))
+    config = FitConfig(images=400, **QUICK)
+    _, both = images_in(1, model, volumes[0], config, device="cpu")
+    model.turns = (Player("one", (model.one,), until=0.5), Player("two", (model.two,), since=0.5))
+    _, half = images_in(1, model, volumes[0], config, device="cpu")
+    assert half == pytest.approx(both / 2, rel=0.3)
+    assert half > 0.5 * 0.05 / config.batch_size
 
 
 @pytest.mark.parametrize("wrong", ["pull", "other"])

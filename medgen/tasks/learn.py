@@ -137,7 +137,7 @@ def learn(
             "scans": len(train_set),
             "patients": len(plan.manifest.split("train").patients),
             "manifest_sha256": plan.manifest.hash(),
-            "images_seen": reached.seen,
+            "images_seen": reached.trained,
             "best_images_seen": reached.best_seen,
             "stopped": _why_stopped(reached, settings),
             "seed": seed,
@@ -246,7 +246,8 @@ def _measured(model: Model, held: ScanDataset | None) -> tuple[dict[str, Any], d
 def _why_stopped(reached: Progress, settings: FitConfig) -> str:
     if reached.stale >= settings.patience:
         return "early: no better on held-out scans"
-    return "at the planned images" if reached.seen >= settings.images else "when the time was up"
+    done = reached.seen >= settings.images and not reached.skipped
+    return "at the planned images" if done else "when the time was up"
 
 
 __all__ = ["learn", "preview", "train"]

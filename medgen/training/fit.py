@@ -21,7 +21,7 @@ from medgen.models.base import Loss, Model, Player
 from medgen.seeds import derived_seed
 from medgen.training.ema import MovingAverage
 from medgen.training.fabric import fabric_for
-from medgen.training.spans import active, last_stage, placed, schedule, stage
+from medgen.training.spans import active, last_stage, placed, schedule, stage, stage_end
 from medgen.training.state import Progress, load_state, optimizer_tensors, restore_optimizer, save_state
 
 # Which stream of randomness a seed is for; the numbers are arbitrary and fixed.
@@ -160,10 +160,11 @@ class _Run:
                 self.average.update(self.model, images=config.batch_size, seen=done.seen)
                 if done.seen // every > before // every or done.seen >= config.images:
                     self._validate(loss)
-                    self._watch_clock(before_this + time.monotonic() - began, seconds)
+                    if self._time_is_up(before_this + time.monotonic() - began, seconds):
+                        batches = self._batches()
                 if not done.finished and stage(self.players, before) != stage(self.players, done.seen):
                     self._begin_stage(before, loss)
-                bar.advance(config.batch_size, f"loss {loss:.4g}")
+                bar.advance(done.seen - before, f"loss {loss:.4g}")
                 clock = time.monotonic()
                 if self.folder and (interrupted.is_set() or clock - saved_at > 60):
                     done.seconds, started, saved_at = done.seconds + clock - started, clock, clock
@@ -234,12 +235,22 @@ class _Run:
         done.best, done.best_seen, done.stale = math.inf, done.seen, 0
         note(f"After {done.seen:,} images: training {', '.join(now)}.")
 
-    def _watch_clock(self, spent: float, seconds: float | None) -> None:
-        """Stop when the time is up: a machine that became busy must not take hours instead of minutes."""
-        done = self.progress
-        if seconds is not None and spent > seconds and not done.finished:
+    def _time_is_up(self, spent: float, seconds: float | None) -> bool:
+        """Stop when the time is up: a machine that became busy must not take hours instead of minutes.
+
+        A stage has its part of the time; when that is up the next one begins, which is told by True.
+        """
+        done, images = self.progress, self.config.images
+        end = stage_end(self.players, done.seen, images)
+        if seconds is None or done.finished or spent <= seconds * end / images:
+            return False
+        if end >= images:
             done.finished = True
-            note(f"Stopped after {done.seen:,} of {self.config.images:,} images: the training time is up.")
+            note(f"Stopped after {done.trained:,} of {images:,} images: the training time is up.")
+            return False
+        done.skipped += end - done.seen
+        done.seen = end
+        return True
 
     @torch.no_grad()
     def _held_out_loss(self, val: ScanDataset) -> float:
@@ -291,25 +302,33 @@ class _Run:
 
 
 def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfig, *, device: str) -> tuple[int, float]:
-    """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps."""
+    """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps.
+
+    Of every stage, weighted by its part of the run.
+    """
     trial = copy.deepcopy(model)
     fabric = fabric_for(device, config.precision, mixed=model.mixed_precision_pays)
-    players = [player for player in trial.players() if active(player, 0, config.batch_size)]
+    players = placed(trial.players(), config.images, config.batch_size)
     optimizer = torch.optim.AdamW([p for player in players for p in player.parameters], lr=0.0, fused=True)
     module, optimizer = fabric.setup(trial, optimizer)
     batch = _first(train, config.batch_size).to(fabric.device)
-    timings = []
-    for _ in range(4):
-        begun = time.monotonic()
-        optimizer.zero_grad()
-        for player in players:
-            with _seeded(0, fabric.device):
-                total = module(batch, player.name).total.mean() / batch.x[0].numel()
-            fabric.backward(total)
-        optimizer.step()
-        float(total.detach())  # a GPU computes behind our back: wait for it
-        timings.append(time.monotonic() - begun)
-    seconds = min(timings[1:]) / len(batch.x)
+    seconds, since = 0.0, 0
+    while since < config.images:
+        until = min(config.images, stage_end(players, since, config.images))
+        now = [player for player in players if active(player, since, config.batch_size)]
+        timings = []
+        for _ in range(4):
+            begun = time.monotonic()
+            optimizer.zero_grad()
+            for player in now:
+                with _seeded(0, fabric.device):
+                    total = module(batch, player.name).total.mean() / batch.x[0].numel()
+                fabric.backward(total)
+                float(total.detach())  # a GPU computes behind our back: wait for it
+            optimizer.step()
+            timings.append(time.monotonic() - begun)
+        seconds += min(timings[1:]) / len(batch.x) * (until - since) / config.images
+        since = until
     return max(config.batch_size, int(minutes * 60 / seconds)), seconds
 
 

@@ -34,6 +34,12 @@ def stage(players: Sequence[Player], seen: int) -> tuple[str, ...]:
     return tuple(player.name for player in players if in_span(player, seen))
 
 
+def stage_end(players: Sequence[Player], seen: int, images: int) -> int:
+    """Images at which the present stage ends: the next at which somebody begins or leaves, or the end of the run."""
+    ends = (when for player in players for when in (player.since, player.until) if when is not None and when > seen)
+    return min((int(when) for when in ends), default=images)
+
+
 def last_stage(players: Sequence[Player], seen: int) -> bool:
     """Whether nobody is still to come."""
     return all(player.since <= seen for player in players)
@@ -47,4 +53,4 @@ def schedule(player: Player, seen: int, images: int, warmup: int, step: int) -> 
     return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * way)))
 
 
-__all__ = ["active", "in_span", "last_stage", "placed", "schedule", "stage"]
+__all__ = ["active", "in_span", "last_stage", "placed", "schedule", "stage", "stage_end"]

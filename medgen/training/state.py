@@ -22,13 +22,14 @@ class Progress:
     """Where a run stands, in images seen.
 
     Args:
-        seen: images the model has been trained on.
+        seen: images the model has been trained on, and those skipped.
         best: lowest validation loss so far.
         best_seen: when that was.
         stale: validations since then.
         history: (images seen, training loss, validation loss).
         seconds: spent training, all sessions together.
         finished: nothing is left to do.
+        skipped: of `seen`, images that a stage left out because its part of the time was up.
     """
 
     seen: int = 0
@@ -38,6 +39,12 @@ class Progress:
     history: list[tuple[int, float, float]] = field(default_factory=list)
     seconds: float = 0.0
     finished: bool = False
+    skipped: int = 0
+
+    @property
+    def trained(self) -> int:
+        """Images the model has really been trained on."""
+        return self.seen - self.skipped
 
 
 def save_state(folder: Path, tensors: dict[str, Tensor], progress: Progress, facts: dict[str, Any]) -> None:
