@@ -159,7 +159,7 @@ class Player:
     """A set of parameters trained together, and when: in images seen, or below 1 as a part of the run.
 
     Overlapping spans train in turn (a GAN); consecutive spans are stages, each of which goes on from the best weights
-    of the one before. `until` None: to the end.
+    of the one before. `until` None: to the end. `rate` multiplies the learning rate.
     """
 
     name: str
@@ -167,6 +167,7 @@ class Player:
     since: float = 0
     until: float | None = None
     every: int = 1
+    rate: float = 1.0
 
 
 class Model(nn.Module):

@@ -52,6 +52,7 @@ class PixelCNNPrior(BaseModel):
         depth: layers.
         kernel: width of a convolution, positions.
         dropout: part of the features left out in training.
+        rate: its learning rate over the autoencoder's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -61,6 +62,7 @@ class PixelCNNPrior(BaseModel):
     depth: int = Field(default=5, ge=1, le=64)
     kernel: int = Field(default=3, ge=3, le=15)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    rate: float = Field(default=3.0, gt=0)
 
 
 class TransformerPrior(BaseModel):
@@ -72,6 +74,7 @@ class TransformerPrior(BaseModel):
         depth: layers.
         heads: of attention.
         dropout: part of the features left out in training.
+        rate: its learning rate over the autoencoder's.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,6 +84,7 @@ class TransformerPrior(BaseModel):
     depth: int = Field(default=4, ge=1, le=64)
     heads: int = Field(default=4, ge=1)
     dropout: float = Field(default=0.1, ge=0, lt=1)
+    rate: float = Field(default=1.0, gt=0)
 
     @model_validator(mode="after")
     def _heads_divide(self) -> "TransformerPrior":
@@ -157,7 +161,7 @@ class VQVAE(Model):
         """The autoencoder, then the prior; the codebook follows the encoder by itself."""
         prior, share = tuple(self.prior.parameters()), self.config.share
         rest = tuple(p for name, p in self.named_parameters() if not name.startswith("prior."))
-        return [Player("codes", rest, until=share), Player("prior", prior, since=share)]
+        return [Player("codes", rest, until=share), Player("prior", prior, since=share, rate=self.config.prior.rate)]
 
     @property
     def log_scale(self) -> Float[Tensor, " c"]:

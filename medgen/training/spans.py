@@ -46,11 +46,11 @@ def last_stage(players: Sequence[Player], seen: int) -> bool:
 
 
 def schedule(player: Player, seen: int, images: int, warmup: int, step: int) -> float:
-    """Fraction of the peak learning rate: over its span a linear rise, then half a cosine down to a fiftieth."""
+    """Learning rate over the peak: in a player's span a linear rise, then half a cosine down to a fiftieth; its rate."""
     since, until = int(player.since), images if player.until is None else int(player.until)
     rise = min(1.0, (seen - since + step) / max(1, warmup))
     way = min(1.0, (seen - since) / max(1, until - since))
-    return rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * way)))
+    return player.rate * rise * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * way)))
 
 
 __all__ = ["active", "in_span", "last_stage", "placed", "schedule", "stage", "stage_end"]
