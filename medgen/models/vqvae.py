@@ -371,7 +371,7 @@ def _voxel_log_prob(told: Independent, x: Float[Tensor, "b c *space"]) -> Float[
 def _prior(config: VQVAE.Config) -> CodePrior:
     # Of a condition, one number more says that it is known.
     numbers = config.condition_width + 1 if config.condition_width else 0
-    fields = config.prior.model_dump(exclude={"kind"})
+    fields = config.prior.model_dump(exclude={"kind", "rate"})
     kind = PixelPrior if config.prior.kind == "pixelcnn" else SequencePrior
     return kind(config.codes, config.coarse, numbers=numbers, **fields)
 

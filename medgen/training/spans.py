@@ -46,7 +46,7 @@ def last_stage(players: Sequence[Player], seen: int) -> bool:
 
 
 def schedule(player: Player, seen: int, images: int, warmup: int, step: int) -> float:
-    """Learning rate over the peak: in a player's span a linear rise, then half a cosine down to a fiftieth; its rate."""
+    """Learning rate over the peak: in its span a linear rise, then half a cosine down to a fiftieth; times its rate."""
     since, until = int(player.since), images if player.until is None else int(player.until)
     rise = min(1.0, (seen - since + step) / max(1, warmup))
     way = min(1.0, (seen - since) / max(1, until - since))
