@@ -24,7 +24,7 @@ from medgen.tasks.trial import tried
 from medgen.tasks.workspace import Workspace
 
 # One of every kind that trains in minutes on a laptop.
-DEFAULT = ("gaussian", "gmm", "patchgmm", "autoencoder", "vae", "hvae", "vqvae", "pixelcnnpp", "glow", "waveletflow")
+DEFAULT = ("gaussian", "gmm", "patchgmm", "autoencoder", "vae", "hvae", "vqvae", "pixelcnn", "glow", "waveletflow")
 COLUMNS = {
     "bits_per_dim": "bits/dim",
     "density": "density",
