@@ -110,7 +110,7 @@ class Contract(BaseModel):
                 f"The model was trained on values from {self.low:g} to {self.high:g}; this scan goes down to {low:g}. "
                 "It looks like another modality or unit (Hounsfield units are negative in air)."
             )
-        if self.unit == "HU" and low > -500:
+        if self.unit == "HU" and self.low <= -500 < low:
             raise BundleError(
                 f"The model was trained on Hounsfield units from {self.low:g}; this scan starts at {low:g}."
             )

@@ -76,11 +76,17 @@ def preset_names() -> list[str]:
 def preset_for(name: str | Path, dims: int) -> str | Path:
     """A preset's full name for images or volumes: 'vae' is vae2d or vae3d; full names and files stay as they are.
 
+    Raises:
+        ConfigError: it exists for the other kind of scans only.
+
     >>> preset_for("vae", 3)
     'vae3d'
     """
-    full = f"{name}{dims}d"
-    return full if full in preset_names() and str(name) not in preset_names() else name
+    full, other = f"{name}{dims}d", f"{name}{5 - dims}d"
+    known = preset_names()
+    if full not in known and other in known:
+        raise ConfigError(f"There is no {name!r} in {dims}D, only {other}. Run `medgen models` for others.")
+    return full if full in known and str(name) not in known else name
 
 
 def load_preset(name: str | Path, overrides: Sequence[str] = ()) -> Preset:

@@ -109,8 +109,21 @@ def test_a_handful_of_scans_makes_a_bundle_that_works(heads, tmp_path, count):
     assert all(np.isfinite(scan.score) and scan.p is None and scan.flagged is None for scan in scores.scans)
     assert any("no p-value" in said for said in notes.said)
     assert not list((tmp_path / "scores").rglob("*mask*"))
-    made = medgen.augment(few, tmp_path / "made", bundle=bundle, n=2)
-    assert made.written == 2
+    # With a single patient to learn from, all that is drawn shows that patient.
+    with pytest.raises(PrivacyError, match="1 patient to learn from"):
+        medgen.augment(few, tmp_path / "made", bundle=bundle, n=2)
+    assert not list(tmp_path.glob("made*"))
+
+
+def test_a_bundle_draws_only_beside_the_scans_it_learned_from(heads, heads_bundle, tmp_path):
+    """Elsewhere nobody could tell whether what it draws copies one of its patients."""
+    others = some(heads, tmp_path / "others", 8)
+    with pytest.raises(PrivacyError, match="did not learn from these scans"):
+        medgen.augment(others, tmp_path / "out", bundle=heads_bundle, n=1)
+    with pytest.raises(DataError, match="did not learn from this folder"):
+        medgen.evaluate(others, heads_bundle)
+    assert medgen.evaluate(others, heads_bundle, split="all")["scans"] == 8
+    assert not list(tmp_path.glob("out*"))
 
 
 def test_one_class_may_be_learned_alone(xrays, tmp_path):

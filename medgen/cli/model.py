@@ -142,8 +142,10 @@ def compare(
 
         names = listed(presets) or list(DEFAULT)
         if dry_run:
-            plan = {"presets": names, "minutes": minutes, "label": label, "domain": domain, "seed": seed, "set": set_}
-            say([f"Would train {', '.join(names)} for {minutes:g} minutes each into {out}."], plan, as_json)
+            from medgen.tasks.compare import would_train
+
+            told = would_train(data, names, label=label, domain=domain, overrides=set_, seed=seed, options=options)
+            say([f"Would train {', '.join(told['presets'])} for {minutes:g} minutes each into {out}."], told, as_json)
             return
         done = run(
             data, out, presets=names, label=label, domain=domain, overrides=set_, minutes=minutes, seed=seed,

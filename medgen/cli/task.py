@@ -80,13 +80,12 @@ def augment(
         )  # fmt: skip
     test = done.copy_test
     lines = [f"Wrote {done.written} synthetic scans ({done.format}) to {done.folder}; look at contact_sheet.png."]
-    if test:
-        lines.append(
-            f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f})."
-        )
+    lines.append(
+        f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f})."
+    )
     lines.append(f"Next: medgen score NEW_SCANS -m {bundle or done.folder / 'bundle'} -o OUT")
     facts = {"folder": done.folder, "written": done.written, "copies_rejected": done.copies_rejected}
-    say(lines, facts | {"format": done.format, "copy_test": test.to_dict() if test else None}, as_json)
+    say(lines, facts | {"format": done.format, "copy_test": test.to_dict()}, as_json)
 
 
 @app.command()

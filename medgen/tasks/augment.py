@@ -5,7 +5,7 @@ drawn again.
 """
 
 import csv
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -31,6 +31,7 @@ from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
 from medgen.tasks.capabilities import can, families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.intake import require_training_scans
 from medgen.tasks.learn import learn
 from medgen.tasks.plan import Choices, Plan, plan_training
 from medgen.tasks.workspace import Workspace
@@ -39,6 +40,8 @@ Format = Literal["auto", "nifti", "dicom", "png", "npz"]
 _FORMAT_OF = {"nifti": "nifti", "itk": "nifti", "dicom": "dicom", "raster": "png", "npz": "npz"}
 # A scan that keeps coming out as a copy after this many draws means the model has memorised.
 _MOST_DRAWS = 20
+# What medgen wrote itself may be of three channels.
+_OWN = ReadOptions(colour=True)
 
 
 @dataclass(frozen=True)
@@ -49,14 +52,14 @@ class Augmented:
         folder: where.
         written: how many synthetic scans.
         copies_rejected: how many draws were discarded as copies of training scans.
-        copy_test: how well copies are told on this dataset; None where they could not be.
+        copy_test: how well copies are told on this dataset.
         format: of the files.
     """
 
     folder: Path
     written: int
     copies_rejected: int
-    copy_test: CopyTest | None
+    copy_test: CopyTest
     format: str
 
 
@@ -108,9 +111,11 @@ def augment(
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
         plan = plan_training(place, choices, options)
+        _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
         given = None if bundle is None else Bundle.load(bundle)
         if given:
             _require_sampling(given)
+            require_training_scans(given, place, options)
         wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
         chosen = _format(format, plan.manifest)
         first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
@@ -130,7 +135,7 @@ def augment(
         with work.writing():
             written, rejected = _generate(source, wanted, chosen, detector, test, work)
             _finish_files(written, trained, chosen, work, seed)
-        facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict() if test else None}
+        facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict()}
         work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
         return Augmented(Path(out), len(written), rejected, test, chosen)
 
@@ -142,6 +147,14 @@ def _require_sampling(bundle: Bundle) -> None:
     if not can(bundle.model, "samples"):
         raise CapabilityError(
             f"{bundle.name} cannot augment: it does not sample. Models that can: {families_that('samples')}."
+        )
+
+
+def _require_several(patients: Collection[str]) -> None:
+    if len(patients) < 2:
+        raise PrivacyError(
+            f"There is {len(patients)} patient to learn from, so whatever a model draws shows that patient, and copies "
+            "cannot be told. Add scans of more patients."
         )
 
 
@@ -189,7 +202,7 @@ def _format(asked: Format, manifest: Manifest) -> str:
 
 def _copy_detector(
     manifest: Manifest, bundle: Bundle, options: ReadOptions, seed: int
-) -> tuple[CopyDetector | None, CopyTest | None]:
+) -> tuple[CopyDetector, CopyTest]:
     """Compare with everybody the model may have learnt from; the threshold comes from those it did not."""
     known = manifest.split("train")
     rows = (*known.rows, *manifest.split("val").rows)
@@ -197,9 +210,7 @@ def _copy_detector(
     owners = {row.case: row.patient for row in rows}
     train = ScanDataset(_part(manifest, rows), bundle.recipe, options=options)
     items = [train[i] for i in range(len(train))]
-    if len({owners[item["case"]] for item in items}) < 2:
-        note("Copies cannot be told with a single training patient; the outputs are not screened.")
-        return None, None
+    _require_several({owners[item["case"]] for item in items})
     detector = CopyDetector(torch.stack([item["x"] for item in items]), [owners[item["case"]] for item in items])
     if not held:
         note("No held-out scan: copies are told with the threshold r = 0.5.")
@@ -261,8 +272,8 @@ def _generate(
     source: _Source,
     wanted: Sequence[tuple[str, str]],
     chosen: str,
-    detector: CopyDetector | None,
-    test: CopyTest | None,
+    detector: CopyDetector,
+    test: CopyTest,
     work: Workspace,
 ) -> tuple[list[dict[str, Any]], int]:
     """Draw, screen and write every scan not in the journal; a copy is drawn again under the next number."""
@@ -282,12 +293,10 @@ def _generate(
 
 
 def _new_scan(
-    source: _Source, index: int, label: str, detector: CopyDetector | None, test: CopyTest | None
-) -> tuple[Tensor, int, float | None]:
+    source: _Source, index: int, label: str, detector: CopyDetector, test: CopyTest
+) -> tuple[Tensor, int, float]:
     for draw in range(_MOST_DRAWS):
         values = source.draw(index, draw, label)
-        if detector is None or test is None:
-            return values, draw + 1, None
         ratio = detector.nearest(values)[0]
         if ratio >= test.threshold:
             return values, draw + 1, round(ratio, 4)
@@ -354,7 +363,7 @@ def synthetic_scan(bundle: Bundle, values: Tensor) -> Scan:
 
 def _finish_files(written: Sequence[dict[str, Any]], bundle: Bundle, chosen: str, work: Workspace, seed: int) -> None:
     """The manifest, the contact sheet, and the .npz that collects small arrays."""
-    shown = [io.read(work.folder / row["path"]) for row in written[:24]]
+    shown = [io.read(work.folder / row["path"], _OWN) for row in written[:24]]
     title = f"SYNTHETIC: {len(written)} scans generated by {bundle.name}, seed {seed}"
     contact_sheet(shown, work.folder / "contact_sheet.png", title=title)
     if chosen == "npz":
@@ -372,7 +381,7 @@ def _as_npz(written: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, A
 
     from medgen.io.raster import write_npz
 
-    scans = [io.read(folder / row["path"]) for row in written]
+    scans = [io.read(folder / row["path"], _OWN) for row in written]
     # (c, i, j, k) to (k, j, i, c), the order of rows and columns in such files; single axes go.
     arrays = np.stack([np.squeeze(scan.voxels.transpose(3, 2, 1, 0), axis=tuple(_single(scan))) for scan in scans])
     labels = sorted({row["label"] for row in written})

@@ -15,11 +15,11 @@ from PIL import Image
 from medgen import io
 from medgen.data.dataset import ScanDataset
 from medgen.data.recipe import Recipe
-from medgen.errors import DataError
+from medgen.errors import ConfigError, DataError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.metrics.image import psnr, ssim_map
-from medgen.tasks.plan import Choices, Look, look_at, shared_recipe
+from medgen.tasks.plan import Choices, Look, look_at, planned, shared_recipe
 from medgen.tasks.trial import tried
 from medgen.tasks.workspace import Workspace
 
@@ -89,6 +89,10 @@ def compare(
     base = Choices(None, label, domain, list(overrides), minutes, seed)
     each = [replace(base, preset=name) for name in presets]
     settings = {"data": str(Path(data).resolve()), "presets": [str(name) for name in presets], **base.settings()}
+    settings |= {"options": vars(options)}
+    names = [Path(name).stem for name in presets]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"compare takes presets with different names; found {', '.join(names) or 'none'}.")
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
         look = look_at(place, base, options)
@@ -102,6 +106,23 @@ def compare(
             _write(rows, work.folder)
     folder = work.finish({"command": "compare", "settings": settings, "recipe": recipe.model_dump(mode="json")})
     return Compared(tuple(rows), folder)
+
+
+def would_train(
+    data: str | Path, presets: Sequence[str], *, label: str | None = None, domain: str | None = None,
+    overrides: Sequence[str] = (), seed: int = 0, options: ReadOptions = ReadOptions(),
+) -> dict[str, Any]:  # fmt: skip
+    """What a comparison would train, and on which voxels; nothing is written.
+
+    Raises:
+        DataError, ConfigError.
+    """
+    base = Choices(None, label, domain, list(overrides), seed=seed)
+    with io.opened(data) as place:
+        look = look_at(place, base, options)
+        each = [replace(base, preset=name) for name in presets]
+        recipe = shared_recipe(look, each)
+        return {"presets": [planned(look, one).preset for one in each], "recipe": recipe.model_dump(mode="json")}
 
 
 def _row(
@@ -121,8 +142,9 @@ def _row(
                 "device": device,
             }
         )
-        if "error" in found:
+        if "error" in found:  # the same command tries it again
             note(f"{name}: {found['error']}")
+            return {"preset": name, **found}
         work.record(name, found)
     return {"preset": name, **_plain(work.done[name])}
 
@@ -187,4 +209,4 @@ def _said(value: Any) -> str:
     return f"{value:,}" if isinstance(value, int) else str(value or "")
 
 
-__all__ = ["COLUMNS", "DEFAULT", "Compared", "compare", "lines"]
+__all__ = ["COLUMNS", "DEFAULT", "Compared", "compare", "lines", "would_train"]

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from medgen.bundle import Bundle
 from medgen.data.dataset import Batch, ScanDataset
-from medgen.errors import CapabilityError
+from medgen.errors import BundleError, CapabilityError
 from medgen.metrics.image import local_mean, ssim_map
 from medgen.models.abilities import Ability, MapsDensity, Reconstructs, Restores
 from medgen.models.base import Model, each_class
@@ -64,6 +64,8 @@ class Detector:
         require_scoring(bundle.model)
         known = None
         if "mean" in bundle.tensors:
+            if missing := {"scores", "maxima", "tails"} - set(bundle.calibration):
+                raise BundleError(f"bundle.json: the calibration lacks {', '.join(sorted(missing))}. Train again.")
             told = {name: np.asarray(bundle.calibration[name]) for name in ("maxima", "tails")}
             two_sided = not can(bundle.model, *_TWINS)
             known = Normals(bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy(), **told, two_sided=two_sided)

@@ -1,6 +1,7 @@
 """A scan as a bundle's model takes it: read, held against the contract, prepared."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -9,8 +10,9 @@ from torch import Tensor
 from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import model_view
+from medgen.data.manifest import Manifest, index
 from medgen.data.window import flat, prepared, real_voxels, what_was_cut
-from medgen.errors import BundleError
+from medgen.errors import BundleError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.scan import Scan
@@ -54,6 +56,31 @@ def taken_in(bundle: Bundle, path: str, options: ReadOptions) -> Intake:
     return Intake(source, ready, real, tuple(warnings))
 
 
+def training_scans(bundle: Bundle, data: str | Path, options: ReadOptions) -> Manifest | None:
+    """The scans of a folder with the splits that training gave them; None where others were trained on."""
+    told = bundle.training
+    found = index(data, options, seed=int(told.get("seed", 0)))
+    labels, domains = told.get("labels", found.labels), told.get("domains", found.domains)
+    rows = (row for row in found.rows if (not labels or row.label in labels) and (not domains or row.domain in domains))
+    kept = replace(found, rows=tuple(rows))
+    return kept if kept.hash() == told.get("manifest_sha256") else None
+
+
+def require_training_scans(bundle: Bundle, data: str | Path, options: ReadOptions) -> Manifest:
+    """The same, refusing other scans than those the bundle learned from.
+
+    Raises:
+        PrivacyError: copies of the bundle's patients could not be told among these scans.
+    """
+    found = training_scans(bundle, data, options)
+    if found is None:
+        raise PrivacyError(
+            "The bundle did not learn from these scans, or scans were added or taken away since, so copies of its "
+            "patients could not be told. Pass the folder as it was when it was trained on, or train again."
+        )
+    return found
+
+
 def _field_of_view(source: Grid, window: Grid) -> list[str]:
     """Refuse a scan that the model's window misses; warn when much of the window is empty.
 
@@ -69,4 +96,4 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
     return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
 
 
-__all__ = ["Intake", "taken_in"]
+__all__ = ["Intake", "require_training_scans", "taken_in", "training_scans"]

@@ -137,6 +137,8 @@ def learn(
             "scans": len(train_set),
             "patients": len(plan.manifest.split("train").patients),
             "manifest_sha256": plan.manifest.hash(),
+            "labels": list(plan.manifest.labels),
+            "domains": list(plan.manifest.domains),
             "images_seen": reached.trained,
             "best_images_seen": reached.best_seen,
             "stopped": _why_stopped(reached, settings),

@@ -1,7 +1,7 @@
 """What a training run will do, decided before it does it: which scans, which model, how they are prepared."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from math import lcm
 from pathlib import Path
 from typing import Any, Literal
@@ -195,6 +195,10 @@ def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manife
         largest = max(manifest.domains, key=lambda name: len(manifest.where(domain=name)))
         note(f"The scans are of several kinds ({', '.join(manifest.domains)}); learning {largest}. --domain chooses.")
         manifest = manifest.where(domain=largest)
+    unseen = sorted(set(manifest.labels) - set(manifest.split("train").labels))
+    if unseen and manifest.split("train").labels:
+        note(f"No scan is left to learn {', '.join(unseen)} from: left out. Three more of each would do.")
+        manifest = replace(manifest, rows=tuple(row for row in manifest.rows if row.label not in unseen))
     if not len(manifest.split("train")):
         raise DataError(f"No scan of {manifest.root} is left for training; {len(manifest)} were found.")
     return manifest
