@@ -705,7 +705,7 @@ def told_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("kind", TOLD)
 def test_every_family_that_can_is_told_covariates_and_masks(told_pictures, tmp_path, kind):
     fields = family(kind).Config.model_fields
-    small = {name: value for name, value in {"width": 8, "levels": 1, "steps": 2}.items() if name in fields}
+    small = {name: value for name, value in {"width": 8, "levels": 1, "steps": 2, "depth": 1}.items() if name in fields}
     made = preset(tmp_path, 2, **small | {"kind": kind})
     trained = medgen.train(told_pictures, tmp_path / "b", preset=made, covariates=["age"], context="mask", **ONCE)
     bundle = Bundle.load(trained)
