@@ -60,8 +60,8 @@ def training_scans(bundle: Bundle, data: str | Path, options: ReadOptions) -> Ma
     """The scans of a folder with the splits that training gave them; None where others were trained on."""
     told = bundle.training
     found = index(data, options, seed=int(told.get("seed", 0)))
-    labels, domains = told.get("labels", found.labels), told.get("domains", found.domains)
-    rows = (row for row in found.rows if (not labels or row.label in labels) and (not domains or row.domain in domains))
+    known = {"label": told.get("labels"), "domain": told.get("domains")}
+    rows = (row for row in found.rows if all(v is None or getattr(row, k) in v for k, v in known.items()))
     kept = replace(found, rows=tuple(rows))
     return kept if kept.hash() == told.get("manifest_sha256") else None
 
