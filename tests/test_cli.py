@@ -169,10 +169,11 @@ def test_a_wrong_preset_or_override_is_one_sentence(command, three, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["train", "augment", "score", "convert"])
-def test_an_output_that_cannot_be_written_is_one_sentence(command, three, heads_bundle, tmp_path, name):
+def test_an_output_that_cannot_be_written_is_one_sentence(command, heads, three, heads_bundle, tmp_path, name):
     (tmp_path / "file").write_text("x")
+    data = heads if name == "augment" else three
     extra = {"train": quick(QUICK_3D), "augment": ["-m", heads_bundle, "-n", 1], "score": ["-m", heads_bundle]}
-    code, _, err = command(name, three, "-o", tmp_path / "file" / "out", "-q", *extra.get(name, []))
+    code, _, err = command(name, data, "-o", tmp_path / "file" / "out", "-q", *extra.get(name, []))
     assert code == 3
     sentence(err, "Cannot write")
 
@@ -233,14 +234,14 @@ def test_the_plan_says_what_would_be_learned(command, heads, tmp_path):
     assert len(plan["model"]["shape"]) == 3
 
 
-def test_json_is_all_there_is_on_stdout(command, three, heads_bundle, tmp_path):
+def test_json_is_all_there_is_on_stdout(command, heads, three, heads_bundle, tmp_path):
     code, out, err = command("score", three, "-m", heads_bundle, "-o", tmp_path / "s", "--json")
     assert code == 0
     told = json.loads(out)
     assert told["failed"] == 0
     assert len(told["scans"]) == 3
     assert {"case", "score", "p", "z_max"} <= set(told["scans"][0])
-    code, out, err = command("augment", three, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "--json")
+    code, out, err = command("augment", heads, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "--json")
     assert code == 0, err
     told = json.loads(out)
     assert told["written"] == 2
@@ -256,8 +257,8 @@ def test_quiet_says_nothing_on_stderr(command, three, heads_bundle, tmp_path):
     assert "Wrote scores.csv" in out
 
 
-def test_a_command_ends_with_what_was_written_and_what_to_do_next(command, three, heads_bundle, tmp_path):
-    _, out, _ = command("augment", three, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "-q")
+def test_a_command_ends_with_what_was_written_and_what_to_do_next(command, heads, three, heads_bundle, tmp_path):
+    _, out, _ = command("augment", heads, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "-q")
     assert "Wrote 2 synthetic scans (nifti)" in out
     assert f"Next: medgen score NEW_SCANS -m {heads_bundle}" in out
     _, out, _ = command("score", three, "-m", heads_bundle, "-o", tmp_path / "s", "-q")
@@ -334,7 +335,8 @@ class FullDisk:
 
 @pytest.mark.parametrize("limit", [0, 700, 3000, 20_000])
 @pytest.mark.parametrize("name", ["train", "augment", "score", "convert"])
-def test_a_full_disk_leaves_nothing_under_the_final_name(command, three, heads_bundle, tmp_path, name, limit):
+def test_a_full_disk_leaves_nothing_under_the_final_name(command, heads, three, heads_bundle, tmp_path, name, limit):
+    data = heads if name == "augment" else three
     extra = {
         "train": quick((*QUICK_3D, "fit.images=8")),
         "augment": ["-m", heads_bundle, "-n", 2],
@@ -343,12 +345,12 @@ def test_a_full_disk_leaves_nothing_under_the_final_name(command, three, heads_b
     if name == "convert":
         limit = min(limit, 3000)
     with FullDisk(limit):
-        code, out, err = command(name, three, "-o", tmp_path / "out", "-q", *extra.get(name, []))
+        code, out, err = command(name, data, "-o", tmp_path / "out", "-q", *extra.get(name, []))
     assert code == 3, (out, err)
     sentence(err, "annot ")
     assert not (tmp_path / "out").exists()
     # With room again, the same command ends well.
-    code, _, err = command(name, three, "-o", tmp_path / "out", "-q", *extra.get(name, []))
+    code, _, err = command(name, data, "-o", tmp_path / "out", "-q", *extra.get(name, []))
     assert code == 0, err
     assert (tmp_path / "out" / "run.json").is_file()
     assert not (tmp_path / "out.part").exists()

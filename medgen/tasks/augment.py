@@ -110,12 +110,12 @@ def augment(
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        plan = plan_training(place, choices, options)
-        _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
         given = None if bundle is None else Bundle.load(bundle)
+        plan = plan_training(place, choices, options)
         if given:
             _require_sampling(given)
             require_training_scans(given, place, options)
+        _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
         wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
         chosen = _format(format, plan.manifest)
         first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
