@@ -261,6 +261,7 @@ class Toy(Model):
 def toy(wrong: str = "") -> Toy:
     return Toy(Toy.Config(shape=(8, 8, 8), wrong=wrong))
 
+
 def test_when_the_time_is_up_every_stage_has_had_its_part(volumes):
     """A prior over codes that never gets its turn would draw nothing but noise."""
     model = toy()
