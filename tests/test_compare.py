@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from medgen.metrics.classification import (
 )
 from medgen.models import build, config_of
 from medgen.models.base import Model, ModelConfig
-from medgen.tasks.compare import lines
+from medgen.tasks.compare import lines, would_train
 from medgen.tasks.density import bits_per_dim, density_kind
 from medgen.tasks.plan import Choices, look_at, planned, shared_recipe
 from medgen.training.doctor import complaints
@@ -208,3 +209,33 @@ def test_a_comparison_says_what_is_missing(tmp_path):
     with pytest.raises(DataError, match="no class"):
         medgen.compare(XRAY, tmp_path / "b", presets=["vae"], label="purple", minutes=0.01)
     assert not list(tmp_path.iterdir())
+
+
+def test_presets_that_cannot_be_compared_are_named_before_anything_is_trained(tmp_path):
+    with pytest.raises(ConfigError, match=r"different names; found vae, vae"):
+        medgen.compare(XRAY, tmp_path / "a", presets=["vae", "vae"], minutes=0.01)
+    with pytest.raises(ConfigError, match=r"no 'wavenet' in 2D, only wavenet3d"):
+        would_train(XRAY, ["vae", "wavenet"])
+    assert would_train(XRAY, ["vae", "glow2d"])["presets"] == ["vae2d", "glow2d"]
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_class_nobody_can_learn_is_left_out_and_said(tmp_path):
+    folder = tmp_path / "few"
+    for label, count in (("normal", 10), ("opacity", 1)):
+        (folder / label).mkdir(parents=True)
+        for path in sorted((XRAY / label).iterdir())[:count]:
+            shutil.copy(path, folder / label)
+    plan = planned(look_at(folder))
+    assert plan.model.classes == ()
+    assert {row.label for row in plan.manifest.rows} == {"normal"}
+
+
+def test_evaluate_leaves_out_scans_of_another_kind(compared, tmp_path):
+    folder = tmp_path / "mixed"
+    shutil.copytree(XRAY / "normal", folder / "normal")
+    shutil.copytree(XRAY / "opacity", folder / "unheard of")
+    shutil.copy(next((ROOT / "data_samples" / "heads").glob("*.nii.gz")), folder / "normal" / "head.nii.gz")
+    found = medgen.evaluate(folder, compared.folder / "bundles" / "vae", split="all")
+    assert found["scans"] == len(list((XRAY / "normal").iterdir()))
+    assert found["left_out"] == 1 + len(list((XRAY / "opacity").iterdir()))

@@ -9,7 +9,7 @@ import torch
 from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
-from medgen.data.manifest import index
+from medgen.data.manifest import Row, index
 from medgen.errors import DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note
@@ -57,7 +57,9 @@ def evaluate(
                     "be told. Pass --split all if it has learned from none of them."
                 )
             rows = known.where(label=label, domain=domain, split="test")
-        chosen = replace(rows, rows=tuple(row for row in rows.rows if _fits(bundle, rows.locate(row.path), options)))
+        chosen = replace(
+            rows, rows=tuple(row for row in rows.rows if _fits(bundle, row, rows.locate(row.path), options))
+        )
         if not len(chosen):
             raise DataError(f"None of {len(rows)} scans is left to evaluate on.")
         scans = ScanDataset(chosen, bundle.recipe, **told_of(bundle.model.config), options=options)
@@ -66,13 +68,17 @@ def evaluate(
     return {"weights_sha256": bundle.weights_sha256, "split": split, "left_out": left_out, **found}
 
 
-def _fits(bundle: Bundle, path: str, options: ReadOptions) -> bool:
+def _fits(bundle: Bundle, row: Row, path: str, options: ReadOptions) -> bool:
     """Whether a scan is of the kind that the bundle was trained on; says why not."""
+    classes = bundle.model.config.classes
+    if classes and row.label not in classes:
+        note(f"{row.case} is left out: the model knows {', '.join(classes)}; found {row.label or 'no class'}.")
+        return False
     try:
         for warning in taken_in(bundle, path, options).warnings:
-            note(f"{Path(path).name}: {warning}.")
+            note(f"{row.case}: {warning}.")
     except MedgenError as error:
-        note(f"{Path(path).name} is left out: {error}")
+        note(f"{row.case} is left out: {error}")
         return False
     return True
 
