@@ -2,7 +2,7 @@
 
     weights.safetensors      parameters of every model, `name.parameter`
     calibration.safetensors  what held-out healthy scans looked like, where there were any
-    bundle.json              configs, recipe, input contract, calibration, training facts, hashes
+    bundle.json              configs, recipe, input contract, calibration, training facts, hashes, its own among them
     README.md                the model card
     preview.png              generated scans
 
@@ -33,6 +33,7 @@ from medgen.scan import Scale, Scan
 
 FORMAT = 1
 _FILES = ("weights.safetensors", "calibration.safetensors")
+_VALUES = "bundle.json"
 
 
 class Contract(BaseModel):
@@ -204,7 +205,8 @@ class Bundle:
             "intended_use": "Research use only, not a medical device.",
             "sha256": hashes,
         }
-        (folder / "bundle.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
+        stated["sha256"] = hashes | {_VALUES: signature(stated)}
+        (folder / _VALUES).write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
         (folder / "README.md").write_text(_card(stated, self._draws), encoding="utf-8")
         return hashes[_FILES[0]]
 
@@ -267,7 +269,7 @@ class _Stated(BaseModel):
 
 
 def _read_json(folder: Path) -> _Stated:
-    place = folder / "bundle.json"
+    place = folder / _VALUES
     if not place.is_file():
         found = "no bundle.json inside" if folder.is_dir() else "nothing" if not folder.exists() else "a file"
         raise BundleError(f"{folder} should be a bundle folder made by `medgen train`; found {found}.")
@@ -283,7 +285,19 @@ def _read_json(folder: Path) -> _Stated:
         raise BundleError(f"{place} is damaged or tampered with: {_told(error)}. Copy the bundle again.") from error
     if _FILES[0] not in told.sha256:
         raise BundleError(f"{place} states no sha256 of the weights, so they cannot be trusted.")
+    if told.sha256.get(_VALUES) != signature(stated):
+        raise BundleError(
+            f"{place} is not what was saved (its sha256 differs): damaged, changed by hand, or of an earlier version. "
+            "Copy the bundle again from where it was trained, or train again."
+        )
     return told
+
+
+def signature(stated: Mapping[str, Any]) -> str:
+    """sha256 of what bundle.json says, but for that hash itself; how it is laid out does not matter."""
+    hashes = {name: value for name, value in stated["sha256"].items() if name != _VALUES}
+    plain = json.loads(json.dumps({**stated, "sha256": hashes}))
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 
 
 def _told(error: ValidationError) -> str:
@@ -294,6 +308,8 @@ def _told(error: ValidationError) -> str:
 
 def _check_hashes(folder: Path, stated: Mapping[str, str]) -> None:
     for name, expected in stated.items():
+        if name == _VALUES:
+            continue
         if name not in _FILES:
             raise BundleError(f"{folder.name}/bundle.json lists {name!r}, which no bundle contains.")
         if not (folder / name).is_file():
@@ -347,4 +363,4 @@ def _sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-__all__ = ["Bundle", "Contract"]
+__all__ = ["Bundle", "Contract", "signature"]

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from medgen import io
-from medgen.bundle import Bundle, Contract
+from medgen.bundle import Bundle, Contract, signature
 from medgen.data.recipe import Recipe
 from medgen.errors import BundleError
 from medgen.grid import Grid
@@ -27,11 +27,14 @@ def folder(heads_bundle: Path, tmp_path: Path) -> Path:
 
 
 def edited(folder: Path, change: Callable[[dict], object]) -> Path:
-    """The bundle with its bundle.json changed by hand."""
+    """The bundle with its bundle.json changed by somebody who knows how to sign it."""
     place = folder / "bundle.json"
     stated = json.loads(place.read_text())
     changed = change(stated)
-    place.write_text(json.dumps(stated if changed is None else changed))
+    stated = stated if changed is None else changed
+    if isinstance(stated, dict) and isinstance(stated.get("sha256"), dict):
+        stated["sha256"]["bundle.json"] = signature(stated)
+    place.write_text(json.dumps(stated))
     return folder
 
 
@@ -116,6 +119,26 @@ def test_one_flipped_bit_in_a_tensor_file_is_refused(folder, name, place):
     content[int(place * len(content)) if isinstance(place, float) else place] ^= 1
     path.write_bytes(content)
     with pytest.raises(BundleError, match=rf"{name}.*sha256"):
+        Bundle.load(folder)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda s: s["calibration"]["scores"].__setitem__(0, 99.0),
+        lambda s: s["contract"].update(slope=1.5),
+        lambda s: s.update(licence="mine"),
+        lambda s: s["sha256"].pop("bundle.json"),
+    ],
+)
+def test_a_number_changed_by_hand_is_refused(folder, change):
+    place = folder / "bundle.json"
+    stated = json.loads(place.read_text())
+    place.write_text(json.dumps(stated))  # laid out otherwise, it says the same
+    Bundle.load(folder)
+    change(stated)
+    place.write_text(json.dumps(stated))
+    with pytest.raises(BundleError, match="is not what was saved"):
         Bundle.load(folder)
 
 
