@@ -24,8 +24,8 @@ from medgen.metrics.classification import (
 )
 from medgen.models import build, config_of
 from medgen.models.base import Model, ModelConfig
+from medgen.scores.likelihoods import bits_per_dim, density_kind
 from medgen.tasks.compare import lines, would_train
-from medgen.tasks.density import bits_per_dim, density_kind
 from medgen.tasks.plan import Choices, look_at, planned, shared_recipe
 from medgen.training.doctor import complaints
 

@@ -24,10 +24,10 @@ from medgen.grid import Grid
 from medgen.log import reporting
 from medgen.models import FAMILIES, family
 from medgen.scan import Scan
+from medgen.scores.likelihoods import log_density
 from medgen.seeds import voxel_uniform
 from medgen.tasks.anomaly import Scored, Scores
 from medgen.tasks.calibration import normals, p_value
-from medgen.tasks.density import log_density
 from medgen.tasks.detector import Detector, examined
 from medgen.tasks.plan import Choices, plan_training
 from medgen.tasks.quality import quality

@@ -146,6 +146,11 @@ def each_class(config: ModelConfig, cond: Tensor | None, count: int, device: tor
     return [torch.cat([each[c].expand(count, -1), told[:, classes:]], 1) for c in range(classes)]
 
 
+def can(model: "Model", *abilities: Ability) -> bool:
+    """Whether a model has any of these abilities."""
+    return not model.abilities(model.config).isdisjoint(abilities)
+
+
 @dataclass
 class Loss:
     """What a player pays for a batch: `total` (b,), and its named parts (b,)."""
@@ -264,6 +269,7 @@ __all__ = [
     "Model",
     "ModelConfig",
     "Player",
+    "can",
     "conditional",
     "each_class",
 ]

@@ -25,11 +25,12 @@ from medgen.io.source import ReadOptions
 from medgen.log import note, progress
 from medgen.metrics.memorisation import CopyDetector, CopyTest
 from medgen.models.abilities import Samples
+from medgen.models.base import can
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
-from medgen.tasks.capabilities import can, families_that
+from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.intake import require_training_scans
 from medgen.tasks.learn import learn
@@ -114,7 +115,8 @@ def augment(
         plan = plan_training(place, choices, options)
         if given:
             _require_sampling(given)
-            require_training_scans(given, place, options)
+            # Copies are told by the splits of training, whatever this run's seed would make of the folder.
+            plan = replace(plan, manifest=require_training_scans(given, place, options))
         _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
         wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
         chosen = _format(format, plan.manifest)

@@ -2,12 +2,7 @@
 
 from medgen.models import FAMILIES, family
 from medgen.models.abilities import Ability
-from medgen.models.base import Model, ModelConfig
-
-
-def can(model: Model, *abilities: Ability) -> bool:
-    """Whether a model has any of these abilities."""
-    return not model.abilities(model.config).isdisjoint(abilities)
+from medgen.models.base import ModelConfig
 
 
 def families_that(*abilities: Ability) -> str:
@@ -30,4 +25,4 @@ def takes(config: ModelConfig | type[ModelConfig], field: str) -> bool:
     return field in (config if isinstance(config, type) else type(config)).model_fields
 
 
-__all__ = ["can", "families_that", "families_with", "takes"]
+__all__ = ["families_that", "families_with", "takes"]

@@ -26,10 +26,10 @@ from medgen.errors import CapabilityError, DataError, MedgenError, OutputError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.models.abilities import Ability, Decodes, Encodes
-from medgen.models.base import each_class
+from medgen.models.base import can, each_class
 from medgen.prob.priors import principal_components
 from medgen.report.scatter import scatter
-from medgen.tasks.capabilities import can, families_that
+from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for
 from medgen.tasks.intake import Intake, taken_in
 from medgen.tasks.workspace import Workspace

@@ -29,10 +29,10 @@ from medgen.data.dataset import Batch, ScanDataset
 from medgen.errors import BundleError, CapabilityError
 from medgen.metrics.image import local_mean, ssim_map
 from medgen.models.abilities import Ability, MapsDensity, Reconstructs, Restores
-from medgen.models.base import Model, each_class
+from medgen.models.base import Model, can, each_class
+from medgen.scores.likelihoods import DENSITIES, given, log_density
 from medgen.tasks.calibration import Normals, normals, tail_mean
-from medgen.tasks.capabilities import can, families_that
-from medgen.tasks.density import DENSITIES, given, log_density
+from medgen.tasks.capabilities import families_that
 
 # Windows in voxels; beyond so many maps the spread at a voxel is known well enough.
 _SSIM_WINDOW, _LOCAL_WINDOW = 7, 5

@@ -19,11 +19,10 @@ from medgen.io.source import ReadOptions
 from medgen.log import note
 from medgen.models import build
 from medgen.models.abilities import Samples
-from medgen.models.base import Model
+from medgen.models.base import Model, can
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
 from medgen.seeds import derived_seed
-from medgen.tasks.capabilities import can
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.detector import calibrate, can_score
 from medgen.tasks.plan import Choices, Plan, plan_training

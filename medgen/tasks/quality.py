@@ -17,9 +17,8 @@ from medgen.metrics.classification import (
 )
 from medgen.metrics.image import psnr, ssim_map
 from medgen.models.abilities import Classifies, Reconstructs
-from medgen.models.base import Model
-from medgen.tasks.capabilities import can
-from medgen.tasks.density import bits_per_dim, density_kind, given
+from medgen.models.base import Model, can
+from medgen.scores.likelihoods import bits_per_dim, density_kind, given
 
 # An estimate takes hundreds of evaluations a scan.
 _MOST_ESTIMATES = 32

@@ -84,8 +84,8 @@ def measure(settings: Mapping[str, Any]) -> dict[str, Any]:
     from medgen import io
     from medgen.data.dataset import ScanDataset
     from medgen.io.source import ReadOptions
+    from medgen.models.base import can
     from medgen.nets.blocks import count_parameters
-    from medgen.tasks.capabilities import can
     from medgen.tasks.conditions import told_of
     from medgen.tasks.learn import learn
     from medgen.tasks.plan import Choices, plan_training
@@ -124,7 +124,7 @@ def _temperature(bundle: Any) -> float | None:
 def _sample_seconds(model: Any, test: Any) -> float:
     """Seconds a scan, when a few are drawn together."""
     from medgen.models.abilities import Samples
-    from medgen.tasks.density import given
+    from medgen.scores.likelihoods import given
 
     n = min(len(test), 16 if model.config.dims == 2 else 1)
     batch = next(iter(test.batches(n))).to(model.device)

@@ -24,11 +24,12 @@ from medgen.errors import CapabilityError, ConfigError, DataError, MedgenError, 
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.models.abilities import Samples
+from medgen.models.base import can
 from medgen.prob.priors import principal_components
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
-from medgen.tasks.capabilities import can, families_that
+from medgen.tasks.capabilities import families_that
 from medgen.tasks.codes import Code, Coder
 from medgen.tasks.conditions import conditions_for, drawn_cells, told_of
 from medgen.tasks.derived import DerivedWriter, Like

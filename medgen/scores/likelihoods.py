@@ -10,10 +10,9 @@ from torch import Tensor
 
 from medgen.data.dataset import Batch
 from medgen.models.abilities import Ability, BoundsDensity, EstimatesDensity, MapsDensity, ScoresDensity
-from medgen.models.base import Model
+from medgen.models.base import Model, can
 from medgen.prob.dequantisation import grey
 from medgen.seeds import voxel_uniform
-from medgen.tasks.capabilities import can
 
 # What a density is, by the ability that gives it; the best first.
 DENSITIES: dict[Ability, str] = {"scores_density": "exact", "bounds_density": "bound", "estimates_density": "estimate"}
