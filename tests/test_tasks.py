@@ -685,6 +685,17 @@ def test_a_generator_that_returns_training_scans_is_caught(heads, heads_bundle, 
     assert not [name for name in files(tmp_path) if name.endswith((".nii.gz", ".png", ".npz", ".dcm"))]
 
 
+def test_copies_are_told_by_the_splits_of_training_whatever_the_seed(heads, heads_bundle, tmp_path, monkeypatch):
+    """With another seed some training scans look held out; they are the bundle's patients all the same."""
+    bundle, learned = Bundle.load(heads_bundle), {row.case for row in index(heads).split("train").rows}
+    other = index(heads, seed=1)
+    rows = [row for name in ("calibration", "test") for row in other.split(name).rows if row.case in learned]
+    copies = torch.stack([torch.tensor(bundle.recipe(io.read(other.locate(row.path))).voxels) for row in rows])
+    monkeypatch.setattr(VAE, "sample", lambda self, n, *, seed, cond=None: copies[[seed % len(copies)] * n])
+    with pytest.raises(PrivacyError, match="memorised"):
+        medgen.augment(heads, tmp_path / "out", bundle=heads_bundle, n=2, seed=1)
+
+
 def test_a_copy_now_and_then_is_drawn_again(heads, heads_bundle, tmp_path, monkeypatch):
     known, original, calls = training_scans(heads, heads_bundle), VAE.sample, [0]
 

@@ -115,7 +115,7 @@ def augment(
         if given:
             _require_sampling(given)
             # Copies are told by the splits of training, whatever this run's seed would make of the folder.
-            require_training_scans(given, place, options)
+            plan = replace(plan, manifest=require_training_scans(given, place, options))
         _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
         wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
         chosen = _format(format, plan.manifest)
