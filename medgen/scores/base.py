@@ -83,6 +83,10 @@ class Score(BaseModel):
         """What each column of its values is called."""
         return (self.do,)
 
+    def columns(self, models: Models) -> tuple[str, ...]:
+        """`names`, unless what the columns are depends on the models."""
+        return self.names
+
     def check(self, models: Models) -> None:
         """Refuse models that cannot give this score.
 

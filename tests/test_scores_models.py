@@ -1,0 +1,203 @@
+"""Scores that ask a model: what they say where the truth is known, and that each scan is scored by itself."""
+
+from dataclasses import replace
+from math import log
+
+import numpy as np
+import pytest
+import torch
+from skimage.metrics import structural_similarity
+
+from medgen.data.dataset import Batch
+from medgen.errors import CapabilityError
+from medgen.metrics.image import local_mean, ssim_map
+from medgen.models.autoencoder import Autoencoder
+from medgen.models.base import Model
+from medgen.models.flow import Flow
+from medgen.models.hvae import HVAE
+from medgen.models.mixture import Mixture
+from medgen.models.pyramidflow import PyramidFlow
+from medgen.models.vae import VAE
+from medgen.scores.base import Healthy
+from medgen.scores.density import Background, Complexity, Surprise, Typicality
+from medgen.scores.reconstruction import Residual
+from medgen.scores.statistics import statistic
+
+SPACE = {2: (16, 16), 3: (8, 8, 8)}
+
+
+def scans(count: int, *, dims: int = 2, seed: int = 0, channels: int = 1) -> Batch:
+    """Smooth scans on [0, 1]."""
+    generator = torch.Generator().manual_seed(seed)
+    noise = torch.rand(count, channels, *SPACE[dims], generator=generator)
+    return Batch(local_mean(noise, 3).clamp(0, 1))
+
+
+def shaken(model: Model, seed: int = 0) -> Model:
+    """The model with weights that are nobody's start, so that nothing is zero by chance, in eval mode."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return model.eval()
+
+
+def made(kind: type[Model], *, dims: int = 2, **values: object) -> Model:
+    """A small model that has seen some scans."""
+    torch.manual_seed(0)
+    sizes = {} if kind is Mixture else {"width": 8, "levels": 1}
+    model = kind(kind.Config(shape=SPACE[dims], **(sizes | values)))
+    model.initialise(scans(16, dims=dims, seed=9))
+    model.finalise([scans(16, dims=dims, seed=9)])
+    return shaken(model) if sizes else model.eval()
+
+
+def healthy(count: int = 12, dims: int = 2) -> Healthy:
+    """Two batches to learn from."""
+
+    def batches():
+        yield scans(count, dims=dims, seed=3)
+        yield scans(count // 2, dims=dims, seed=4)
+
+    return Healthy(batches, batches)
+
+
+FLOW = {"steps": 2}
+CASES = [
+    (Residual(), VAE, {}, 2),
+    (Residual(twin="reconstruction", measure="l2", reduce="tail"), VAE, {}, 3),
+    (Residual(measure="normalised"), Autoencoder, {"uncertainty": True}, 2),
+    (Residual(sigma=1.5, strength=0.5), HVAE, {}, 2),
+    (Surprise(), Flow, FLOW, 2),
+    (Surprise(), VAE, {}, 3),
+    (Typicality(), HVAE, {}, 2),
+    (Complexity(), PyramidFlow, FLOW, 3),
+    (Complexity(), VAE, {}, 2),
+]
+
+
+@pytest.mark.parametrize(("score", "kind", "values", "dims"), CASES, ids=lambda v: getattr(v, "do", None))
+def test_a_scan_is_scored_by_itself(score, kind, values, dims):
+    """Whatever the other scans and their number, twice the same; finite, of the shapes that are promised."""
+    models = {"model": made(kind, dims=dims, **values)}
+    score.check(models)
+    known = score.learn(models, healthy(dims=dims))
+    batch = scans(5, dims=dims)
+    found, again = score(models, batch, known), score(models, batch, known)
+    assert torch.equal(found.values, again.values)
+    assert found.values.isfinite().all()
+    assert not found.values.requires_grad
+    assert found.values.shape[1] == len(score.columns(models))
+    alone = [score(models, Batch(x[None]), known) for x in batch.x]
+    torch.testing.assert_close(torch.cat([one.values for one in alone]), found.values, rtol=1e-4, atol=1e-4)
+    if found.map is not None:
+        assert found.map.shape == (5, *SPACE[dims])
+        torch.testing.assert_close(torch.cat([one.map for one in alone]), found.map, rtol=1e-3, atol=1e-3)
+    assert type(score).model_validate_json(score.model_dump_json()) == score
+
+
+# -- residuals -------------------------------------------------------------------------------------------
+
+
+def test_structural_similarity_is_scikit_images_inside():
+    x, y = scans(1).x, scans(1, seed=1).x
+    told = {"data_range": 1.0, "gaussian_weights": True, "use_sample_covariance": False, "full": True}
+    judge = structural_similarity(x[0, 0].numpy(), y[0, 0].numpy(), sigma=1.5, **told)[1]
+    found = ssim_map(x, y, sigma=1.5)[0, 0].numpy()
+    np.testing.assert_allclose(found[5:-5, 5:-5], judge[5:-5, 5:-5], atol=2e-3)
+
+
+def test_the_default_residual_of_images_is_one_minus_the_similarity_to_the_restoration():
+    model, batch = made(VAE), scans(3)
+    found = Residual()({"model": model}, batch, {})
+    expected = 1 - ssim_map(batch.x, model.restore(batch.x).clamp(0, 1), window=7)[:, 0]
+    torch.testing.assert_close(found.map, expected)
+    torch.testing.assert_close(found.values[:, 0], expected.flatten(1).mean(1))
+
+
+def test_the_default_residual_of_volumes_is_the_local_mean_of_the_difference():
+    model, batch = made(VAE, dims=3), scans(2, dims=3)
+    real = torch.ones(2, *SPACE[3], dtype=torch.bool)
+    real[:, :2] = False
+    found = Residual()({"model": model}, replace(batch, real=real), {})
+    expected = local_mean((batch.x - model.restore(batch.x).clamp(0, 1)).abs(), 5)[:, 0]
+    assert found.map.isnan().equal(~real)
+    torch.testing.assert_close(found.map[real], expected[real])
+    torch.testing.assert_close(found.values[:, 0], expected[:, 2:].flatten(1).mean(1))
+
+
+def test_the_tail_finds_a_small_lesion_that_the_mean_hardly_sees():
+    model, batch = made(VAE), scans(1)
+    ill = batch.x.clone()
+    ill[:, :, 6:9, 6:9] = 1.0
+    tail, mean = (Residual(measure="l1", window=1, reduce=how) for how in ("tail", "mean"))
+    rise = [s({"model": model}, Batch(ill), {}).values - s({"model": model}, batch, {}).values for s in (tail, mean)]
+    assert rise[0] > 5 * rise[1] > 0
+
+
+def test_the_normalised_residual_divides_by_the_predicted_variance():
+    model, batch = made(Autoencoder, uncertainty=True), scans(2)
+    found = Residual(measure="normalised", window=1, twin="reconstruction")({"model": model}, batch, {})
+    away = (batch.x - model.reconstruct(batch.x).clamp(0, 1)) / model.uncertainty_map(batch.x)
+    torch.testing.assert_close(found.map, away.square()[:, 0])
+
+
+def test_residuals_refuse_models_without_a_twin_or_an_uncertainty():
+    with pytest.raises(CapabilityError, match="restores"):
+        Residual(twin="restoration").check({"model": made(Flow, **FLOW)})
+    with pytest.raises(CapabilityError, match="uncertainty=true"):
+        Residual(measure="normalised").check({"model": made(Autoencoder)})
+    with pytest.raises(ValueError, match="uniform and odd"):
+        Residual(window=4)
+
+
+# -- surprise ----------------------------------------------------------------------------------------------
+
+
+def test_surprise_is_the_density_and_counts_real_voxels_alone():
+    model, batch = made(PyramidFlow, **FLOW), scans(3)
+    found = Surprise()({"model": model}, batch, {})
+    torch.testing.assert_close(found.values[:, 0], -model.log_prob(batch.x) / batch.x[0].numel())
+    real = torch.ones(3, 16, 16, dtype=torch.bool)
+    real[:, 12:] = False
+    masked = Surprise()({"model": model}, replace(batch, real=real), {})
+    expected = -model.log_prob_map(batch.x)[:, 0, :12].flatten(1).mean(1)
+    torch.testing.assert_close(masked.values[:, 0], expected)
+    assert masked.map.isnan().equal(~real)
+
+
+def test_typicality_is_a_distance_in_healthy_spreads():
+    models = {"model": made(Mixture)}
+    known = Typicality().learn(models, healthy())
+    seen = torch.cat([Surprise()(models, batch, {}).values[:, 0] for batch in healthy().held()]).double()
+    batch = scans(4, seed=7)
+    expected = (Surprise()(models, batch, {}).values[:, 0].double() - seen.mean()).abs() / seen.std(correction=0)
+    torch.testing.assert_close(Typicality()(models, batch, known).values[:, 0].double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_complexity_takes_the_code_length_off():
+    model, batch = made(Flow, **FLOW), scans(3)
+    bits = -model.log_prob(batch.x) / batch.x[0].numel() / log(2)
+    found = Complexity()({"model": model}, batch, {}).values[:, 0]
+    torch.testing.assert_close(found, bits - 8 * statistic("png", batch.x) / batch.x[0].numel())
+
+
+def test_a_background_like_the_model_leaves_nothing_and_a_better_model_is_less_surprised():
+    model, same, other = made(Flow, **FLOW), made(Flow, **FLOW), shaken(made(Flow, **FLOW), seed=1)
+    batch, score = scans(3), Background(against="rough")
+    assert score({"model": model, "rough": same}, batch, {}).values.abs().max() == 0
+    found = score({"model": model, "rough": other}, batch, {})
+    expected = (other.log_prob(batch.x) - model.log_prob(batch.x)) / batch.x[0].numel()
+    torch.testing.assert_close(found.values[:, 0], expected, rtol=1e-4, atol=1e-4)
+    assert score.asks == ("model", "rough")
+    with pytest.raises(CapabilityError, match="'rough'"):
+        score.check({"model": model})
+    with pytest.raises(CapabilityError, match="same bits"):
+        score.check({"model": model, "rough": made(VAE)})
+
+
+def test_a_model_of_two_classes_is_asked_about_both():
+    model, x = made(Flow, classes=("a", "b"), **FLOW), scans(4).x
+    found = Surprise()({"model": model}, Batch(x, torch.zeros(4, dtype=torch.long)), {}).values[:, 0]
+    each = [-model.log_prob(x, torch.full((4,), c)) / x[0].numel() for c in (0, 1)]
+    torch.testing.assert_close(found, torch.minimum(*each))
