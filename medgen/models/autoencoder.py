@@ -25,7 +25,7 @@ from math import prod
 from typing import Literal
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from pydantic import Field, model_validator
 from torch import Tensor, nn
 from torch.distributions import Distribution
@@ -34,7 +34,7 @@ from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
 from medgen.metrics.image import ssim_map
 from medgen.models.abilities import Ability
-from medgen.models.base import CodedConfig, Loss, Model, ModelConfig
+from medgen.models.base import CodedConfig, Loss, Model, ModelConfig, class_indices
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.nets.memory import Memory, address_entropy
 from medgen.nets.noise import foreground_noise
@@ -46,7 +46,7 @@ from medgen.prob.mixtures import GaussianMixture
 from medgen.prob.point import Point
 from medgen.prob.priors import CodeField, principal_components
 
-# Scans decoded together when sampling; always this many, so that sample i never depends on n.
+# Scans decoded together when sampling.
 _MICRO_BATCH = {2: 16, 3: 1}
 # Gong et al. 2019, equation 10: weight of the addresses' entropy beside the error of a voxel.
 _ENTROPY = 0.0002
@@ -251,19 +251,13 @@ class Autoencoder(Model):
         codes, conds = [], []
         for batch in batches:
             codes.append(self.encode(batch.x, batch.cond).mean)
-            known = self._class_of(batch.cond)
+            known = class_indices(self.config, batch.cond)
             conds.append(torch.zeros(len(batch.x), dtype=torch.long) if known is None else known.cpu())
         every, cond = torch.cat(codes), torch.cat(conds)
         if isinstance(self.prior, CodeField):
             self.prior.fit(every, torch.zeros_like(every), cond)
         else:
             self.prior.fit(every.flatten(1), cond, seed=0)
-
-    def _class_of(self, cond: Tensor | None) -> Int[Tensor, " b"] | None:
-        """Class indices of a condition of either form; None where no class is told."""
-        if cond is None or not self.config.classes:
-            return None
-        return cond if cond.ndim == 1 else cond[:, : len(self.config.classes)].argmax(1)
 
     @torch.no_grad()
     def health(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -293,14 +287,13 @@ class Autoencoder(Model):
             CapabilityError: the config has skips.
         """
         self._require_code("sample")
-        size, drawn = _MICRO_BATCH[self.config.dims], []
-        for first in range(0, n, size):
-            last = torch.arange(first, first + size).clamp(max=n - 1)
-            chosen = None if cond is None else cond[last.to(cond.device)].to(self.device)
-            codes = self.prior.sample(size, seed=seed, first=first, cond=self._class_of(chosen))
-            codes = codes.reshape(size, *self.config.code_shape).to(self.device)
-            drawn.append(self.decode(codes, chosen).mean[: n - first])
-        return torch.cat(drawn)
+        size = _MICRO_BATCH[self.config.dims]
+
+        def draw(first: int, told: Tensor | None) -> Tensor:
+            codes = self.prior.sample(size, seed=seed, first=first, cond=class_indices(self.config, told))
+            return self.decode(codes.reshape(size, *self.config.code_shape).to(self.device), told).mean
+
+        return self.in_micro_batches(n, size, draw, cond)
 
     @torch.no_grad()
     def reconstruct(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b c *space"]:
@@ -322,7 +315,7 @@ class Autoencoder(Model):
         if self.config.skips or self.config.memory or not isinstance(self.prior, CodeField):
             return x + strength * (self.reconstruct(x, cond) - x)
         code = self.encode(x, cond).mean
-        healthy = self.prior.projected(code, self._class_of(cond))
+        healthy = self.prior.projected(code, class_indices(self.config, cond))
         return self.decode(code + strength * (healthy - code), cond).mean
 
     @torch.no_grad()

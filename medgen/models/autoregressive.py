@@ -45,7 +45,7 @@ from medgen.prob.dequantisation import grey
 from medgen.prob.levels import GreyValues, LevelsName
 from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 
-# Scans sampled together; always this many, so that sample i never depends on n.
+# Scans sampled together.
 _MICRO_BATCH = {2: 16, 3: 4}
 # Channels of the feature map that convolutions are told besides the scan.
 _GUIDE = 16
@@ -227,20 +227,18 @@ class Autoregressive(Model):
         """`n` scans, voxel after voxel."""
         config, device = self.config, self.device
         require_context(context, config.context, config.shape)
-        size, drawn = _MICRO_BATCH[config.dims], []
-        for first in range(0, n, size):
-            rows = torch.arange(first, first + size).clamp(max=n - 1)
-            told = [None if given is None else given[rows.to(given.device)].to(device) for given in (cond, context)]
+        size = _MICRO_BATCH[config.dims]
+
+        def draw(first: int, told: Tensor | None, seen: Tensor | None) -> Tensor:
             known = {}
             if self.code is not None:
-                known["code"] = self.code.sample(
-                    _uniform((size, config.binary_code, 1), seed, 2, first).to(device), told[0]
-                )
-            walk = self.net.walk(config.shape, size, told[0], told[1], **known)
+                bits = _uniform((size, config.binary_code, 1), seed, 2, first).to(device)
+                known["code"] = self.code.sample(bits, told)
+            walk = self.net.walk(config.shape, size, told, seen, **known)
             x = torch.zeros(size, config.channels, *config.shape, device=device)
-            u = _uniform((size, 2, config.channels, *config.shape), seed, 1, first).to(device)
-            drawn.append(self._walked(walk, x, u)[: n - first])
-        return torch.cat(drawn)
+            return self._walked(walk, x, _uniform((size, 2, *x.shape[1:]), seed, 1, first).to(device))
+
+        return self.in_micro_batches(n, size, draw, cond, context)
 
     def _walked(self, walk: Any, x: Tensor, u: Tensor, hole: Tensor | None = None) -> Tensor:
         """`x` with its voxels drawn in turn, from `u` (b, 2, c, *space); those of `hole` (*space) alone where given."""

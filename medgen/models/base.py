@@ -1,12 +1,12 @@
 """What every family of models shares: its config, its loss, its players and its abilities."""
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Any, ClassVar, Literal
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
@@ -151,6 +151,14 @@ def can(model: "Model", *abilities: Ability) -> bool:
     return not model.abilities(model.config).isdisjoint(abilities)
 
 
+def class_indices(config: ModelConfig, cond: Tensor | None) -> Int[Tensor, " b"] | None:
+    """Class indices of a condition of either form, indices or rows; None where no class is told."""
+    classes = len(config.classes)
+    if cond is None or not classes:
+        return None
+    return cond if cond.ndim == 1 else cond[:, :classes].argmax(1)
+
+
 @dataclass
 class Loss:
     """What a player pays for a batch: `total` (b,), and its named parts (b,)."""
@@ -229,6 +237,24 @@ class Model(nn.Module):
         """Numbers that tell whether training went astray, such as how many code dimensions say anything."""
         return {}
 
+    def in_micro_batches(
+        self, n: int, size: int, draw: Callable[..., Float[Tensor, "size c *space"]], *given: Tensor | None
+    ) -> Float[Tensor, "n c *space"]:
+        """`n` scans of `draw(first, *given)`, which makes `size` at a time: always so many, so that n decides no scan.
+
+        Args:
+            n: how many scans.
+            size: how many at a time; the last time the last row of what is given is repeated.
+            draw: makes scans first, first + 1, ...
+            given: what is told of every scan, a row each; None stays None.
+        """
+        drawn = []
+        for first in range(0, n, size):
+            rows = torch.arange(first, first + size).clamp(max=n - 1)
+            told = [None if each is None else each[rows.to(each.device)].to(self.device) for each in given]
+            drawn.append(draw(first, *told)[: n - first])
+        return torch.cat(drawn)
+
     @torch.no_grad()
     def class_log_prob(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
@@ -270,6 +296,7 @@ __all__ = [
     "ModelConfig",
     "Player",
     "can",
+    "class_indices",
     "conditional",
     "each_class",
 ]

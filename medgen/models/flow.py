@@ -36,7 +36,7 @@ from medgen.prob.dequantisation import dequantised, grey, log_normal, nats_a_lev
 from medgen.prob.point import Point
 from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 
-# Scans sampled together; always this many, so that sample i never depends on n.
+# Scans sampled together.
 _MICRO_BATCH = {2: 16, 3: 1}
 _BINS = 8
 # Voxels that tell ActNorm where to start: enough, and no more memory than training takes.
@@ -304,15 +304,13 @@ class Flow(Model):
         self, n: int, *, seed: int, cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "n c *space"]:
         """`n` scans: noise of the config's temperature through the inverse."""
-        size, device = _MICRO_BATCH[self.config.dims], self.device
-        voxels = self.config.channels * prod(self.config.shape)
-        drawn = []
-        for first in range(0, n, size):
-            rows = torch.arange(first, first + size).clamp(max=n - 1)
-            told = [None if given is None else given[rows.to(given.device)].to(device) for given in (cond, context)]
-            noise = seeded_noise((size, voxels), seed=derived_seed(seed, 1), first=first).to(device)
-            drawn.append(self.decode(self.config.temperature * noise, *told).mean[: n - first])
-        return torch.cat(drawn)
+        size, voxels = _MICRO_BATCH[self.config.dims], self.config.channels * prod(self.config.shape)
+
+        def draw(first: int, *told: Tensor | None) -> Tensor:
+            noise = seeded_noise((size, voxels), seed=derived_seed(seed, 1), first=first).to(self.device)
+            return self.decode(self.config.temperature * noise, *told).mean
+
+        return self.in_micro_batches(n, size, draw, cond, context)
 
 
 class _Noise(nn.Module):

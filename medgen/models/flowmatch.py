@@ -205,7 +205,7 @@ class FlowMatch(Model):
 
     def _times(self, count: int) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
         """A time from each of `count` equal parts of the chances, and the density of times there."""
-        chances = ((torch.rand(1) + torch.arange(count) / count) % 1).to(self._where)
+        chances = ((torch.rand(1) + torch.arange(count) / count) % 1).to(self.device)
         if self.config.times == "uniform":
             return chances, torch.ones_like(chances)
         if self.config.times == "emergence":
@@ -237,7 +237,7 @@ class FlowMatch(Model):
         """
         if guidance == 1 or (told.table is None and told.image is None):
             return self.path.mean_for(told.table), lambda y, time: self._velocities(y, time, told)[1]
-        without = told.where(torch.zeros(told.count, dtype=torch.bool, device=self._where))
+        without = told.where(torch.zeros(told.count, dtype=torch.bool, device=self.device))
         if guidance == 0:
             return self._guided(without, 1.0)
         mean, added = self._guided(told, 1.0)
@@ -271,15 +271,14 @@ class FlowMatch(Model):
         self, n: int, *, seed: int, cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "n c *space"]:
         """`n` scans; without `cond` and `context` like any of the training scans."""
-        size, device = self.config.micro_batch, self._where
-        drawn = []
-        for first in range(0, n, size):
-            rows = torch.arange(first, first + size).clamp(max=n - 1)
-            given = [None if part is None else part[rows.to(part.device)].to(device) for part in (cond, context)]
-            shape = (size, self.config.channels, *self.config.shape)
-            noise = seeded_noise(shape, seed=derived_seed(seed, 1), first=first).to(device)
-            drawn.append(self._follow(noise, 0.0, self._told(size, *given))[: n - first])
-        return torch.cat(drawn)
+        size = self.config.micro_batch
+        shape = (size, self.config.channels, *self.config.shape)
+
+        def draw(first: int, *told: Tensor | None) -> Tensor:
+            noise = seeded_noise(shape, seed=derived_seed(seed, 1), first=first).to(self.device)
+            return self._follow(noise, 0.0, self._told(size, *told))
+
+        return self.in_micro_batches(n, size, draw, cond, context)
 
     @torch.no_grad()
     def restore(
@@ -354,7 +353,7 @@ class FlowMatch(Model):
     # -- conditions ------------------------------------------------------------------------
 
     def _told(self, count: int, cond: Tensor | None = None, context: Tensor | None = None) -> Told:
-        config, device = self.config, self._where
+        config, device = self.config, self.device
         if context is not None:
             require_context(context, config.context, config.shape)
         numbers = condition_table(
@@ -378,10 +377,6 @@ class FlowMatch(Model):
             raise DataError(
                 "Every voxel must be a finite number; some are NaN or infinite. Mend or leave out the scan."
             )
-
-    @property
-    def _where(self) -> torch.device:
-        return self.path.centre.device
 
 
 def _over(rows: Tensor, like: Tensor) -> Tensor:

@@ -34,7 +34,7 @@ from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
 from medgen.prob.priors import principal_components
 from medgen.seeds import derived_seed, seeded_noise
 
-# Scans decoded together when sampling; always this many, so that sample i never depends on n.
+# Scans decoded together when sampling.
 _MICRO_BATCH = {2: 16, 3: 1}
 # Noise that closed forms assume at least, on [0, 1]: half a grey level of 8 bits.
 _LEAST_NOISE = (0.5 / 255) ** 2
@@ -267,13 +267,12 @@ class HVAE(Model):
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
         """`n` scans: the mean of p(x | z) for codes drawn from the top down."""
         size, total = _MICRO_BATCH[self.config.dims], sum(prod(shape) for shape in self._shapes())
-        drawn = []
-        for first in range(0, n, size):
-            last = torch.arange(first, first + size).clamp(max=n - 1)
-            chosen = None if cond is None else cond[last.to(cond.device)].to(self.device)
+
+        def draw(first: int, told: Tensor | None) -> Tensor:
             u = self.config.temperature * seeded_noise((size, total), seed=derived_seed(seed, 1), first=first)
-            drawn.append(self.decode(u.to(self.device), chosen).mean[: n - first])
-        return torch.cat(drawn)
+            return self.decode(u.to(self.device), told).mean
+
+        return self.in_micro_batches(n, size, draw, cond)
 
     def encode(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Distribution:
         """q over all codes (b, dims) from the top down, in units of their priors, along the path of their means.

@@ -8,8 +8,6 @@ in latent space"). A variational autoencoder with a code map is trained first; t
 Scans are decoded from codes that the flow made, and restored by way of codes that were partly noise.
 """
 
-from collections.abc import Iterator
-from itertools import pairwise
 from typing import Any, Literal
 
 import torch
@@ -25,7 +23,7 @@ from medgen.models.flowmatch import FlowFields, FlowMatch
 from medgen.models.vae import VAE
 from medgen.seeds import derived_seed, seeded_noise
 
-# Scans decoded together; always this many, so that sample i never depends on n.
+# Scans decoded together.
 _MICRO_BATCH = {2: 16, 3: 1}
 
 
@@ -189,7 +187,8 @@ class LatentFlowMatch(Model):
     ) -> Float[Tensor, "n c *space"]:
         """`n` scans: the mean of p(x | z) for codes that the velocity made of noise."""
         codes = self.velocity.sample(n, seed=seed, cond=cond, context=self._coarse(context))
-        return torch.cat([self.decode(part).mean[:real] for part, real in self._whole_batches(codes)])
+        size = _MICRO_BATCH[self.config.dims]
+        return self.in_micro_batches(n, size, lambda _, part: self.decode(part).mean, codes)
 
     @torch.no_grad()
     def restore(
@@ -220,13 +219,6 @@ class LatentFlowMatch(Model):
         z = posterior.mean + posterior.stddev * noise
         log_p, _ = self.velocity.log_prob_estimate(z, cond, self._coarse(context))
         return self.decode(z).log_prob(x) - posterior.log_prob(z) + log_p
-
-    def _whole_batches(self, codes: Tensor) -> Iterator[tuple[Tensor, int]]:
-        """As many codes at a time as are always decoded together, and how many of them count."""
-        size, count = _MICRO_BATCH[self.config.dims], len(codes)
-        for first, after in pairwise([*range(0, count, size), count]):
-            rows = torch.arange(first, first + size).clamp(max=count - 1)
-            yield codes[rows.to(codes.device)], after - first
 
 
 __all__ = ["LatentFlowMatch"]

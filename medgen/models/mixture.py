@@ -31,7 +31,7 @@ from medgen.prob.point import Point
 from medgen.prob.subspace import ShrinkageName, SubspaceMixture
 from medgen.seeds import derived_seed, voxel_uniform
 
-# Scans drawn together; always this many, so that sample i never depends on n.
+# Scans drawn together.
 _MICRO_BATCH = {2: 16, 3: 2}
 # Numbers of training scans that are kept in memory: a gigabyte.
 _NUMBERS = 2**28
@@ -181,13 +181,12 @@ class Mixture(Model):
     @torch.no_grad()
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
         """`n` scans drawn from the density; of the classes as they come in training where none is asked for."""
-        size, drawn = _MICRO_BATCH[self.config.dims], []
-        for first in range(0, n, size):
-            rows = torch.arange(first, first + size).clamp(max=n - 1)
-            told = None if cond is None else cond.cpu()[rows]
-            scans = self.density.sample(size, seed=seed, first=first, cond=told)
-            drawn.append(self._finished(scans)[: n - first])
-        return torch.cat(drawn)
+        size = _MICRO_BATCH[self.config.dims]
+
+        def draw(first: int, told: Tensor | None) -> Tensor:
+            return self._finished(self.density.sample(size, seed=seed, first=first, cond=told))
+
+        return self.in_micro_batches(n, size, draw, cond)
 
     def _finished(self, scans: Tensor) -> Float[Tensor, "n c *space"]:
         return quantised(scans.reshape(-1, self.config.channels, *self.config.shape), self.config.bits)

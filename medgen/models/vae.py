@@ -31,7 +31,7 @@ from torch.distributions import Independent, Normal
 
 from medgen.data.dataset import Batch
 from medgen.models.abilities import Ability
-from medgen.models.base import CodedConfig, Loss, Model, ModelConfig, conditional
+from medgen.models.base import CodedConfig, Loss, Model, ModelConfig, class_indices, conditional
 from medgen.models.flow import Flow
 from medgen.nets.blocks import Decoder, Encoder, channels_last, from_blocks, to_blocks
 from medgen.prob.divergences import activity, kl_to_standard_normal, mmd, with_free_bits
@@ -40,7 +40,7 @@ from medgen.prob.likelihoods import LikelihoodName, best_log_scale, likelihood
 from medgen.prob.priors import CodeField, principal_components
 from medgen.seeds import derived_seed, seeded_noise
 
-# Scans decoded together when sampling; always this many, so that sample i never depends on n.
+# Scans decoded together when sampling.
 _MICRO_BATCH = {2: 16, 3: 1}
 # Noise begins no smaller than this, where it still learns.
 _LEAST_LOG_SCALE = -5.0
@@ -225,16 +225,9 @@ class VAE(Model):
                 posterior = self.encode(batch.x, batch.cond)
                 codes.append(posterior.mean)
                 spreads.append(posterior.variance)
-                index = self._class_of(batch.cond)
+                index = class_indices(self.config, batch.cond)
                 conds.append(torch.zeros(len(batch.x), dtype=torch.long) if index is None else index.cpu())
         self.field.fit(torch.cat(codes), torch.cat(spreads), torch.cat(conds))
-
-    def _class_of(self, cond: Tensor | None) -> Tensor | None:
-        """Class indices, which also stand in rows of classes and covariates; None where there are no classes."""
-        if cond is None or cond.ndim == 1:
-            return cond
-        classes = len(self.config.classes)
-        return cond[:, :classes].argmax(1) if classes else None
 
     @torch.no_grad()
     def health(self, batches: Iterable[Batch]) -> dict[str, float]:
@@ -248,18 +241,16 @@ class VAE(Model):
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
         """`n` scans: the mean of p(x | z) for z from the learned prior, or else from the fitted code field."""
         size = _MICRO_BATCH[self.config.dims]
-        drawn = []
-        for first in range(0, n, size):
-            last = torch.arange(first, first + size).clamp(max=n - 1)
-            chosen = None if cond is None else cond[last].to(self.log_scale.device)
-            codes = self._codes(size, seed, first, chosen)
-            drawn.append(self.decode(codes.to(self.log_scale.device), chosen).mean[: n - first])
-        return torch.cat(drawn)
+
+        def draw(first: int, told: Tensor | None) -> Tensor:
+            return self.decode(self._codes(size, seed, first, told).to(self.device), told).mean
+
+        return self.in_micro_batches(n, size, draw, cond)
 
     def _codes(self, count: int, seed: int, first: int, cond: Tensor | None) -> Float[Tensor, "count *code"]:
         """Codes first, first + 1, ... of this seed."""
         if self.prior is None:
-            return self.field.sample(count, seed=seed, first=first, cond=self._class_of(cond))
+            return self.field.sample(count, seed=seed, first=first, cond=class_indices(self.config, cond))
         noise = seeded_noise((count, prod(self.config.code_shape)), seed=derived_seed(seed, 1), first=first)
         chance = torch.special.ndtr(seeded_noise((count,), seed=derived_seed(seed, 2), first=first))
         return self._from_noise(chance.to(self.device), noise.to(self.device), cond)
@@ -292,7 +283,7 @@ class VAE(Model):
         components of the training codes cannot. Nothing is random here, so `seed` has no effect.
         """
         code = self.encode(x, cond).mean
-        healthy = self.field.projected(code, self._class_of(cond))
+        healthy = self.field.projected(code, class_indices(self.config, cond))
         return self.decode(code + strength * (healthy - code), cond).mean
 
     @torch.no_grad()

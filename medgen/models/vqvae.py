@@ -13,7 +13,6 @@ quantisation of the scans' blocks in their principal components (k-means), so tr
 """
 
 from collections.abc import Iterable
-from itertools import pairwise
 from typing import Annotated, Literal
 
 import torch
@@ -35,7 +34,7 @@ from medgen.prob.point import Point
 from medgen.prob.priors import principal_components
 from medgen.seeds import derived_seed, voxel_uniform
 
-# Scans drawn together; always this many, so that sample i never depends on n.
+# Scans drawn together.
 _MICRO_BATCH = {2: 16, 3: 4}
 # How often in training the prior is not told a scan's condition, so that it knows scans of no known one, too.
 _UNTOLD = 0.1
@@ -264,15 +263,16 @@ class VQVAE(Model):
     @torch.no_grad()
     def sample(self, n: int, *, seed: int, cond: Tensor | None = None) -> Float[Tensor, "n c *space"]:
         """`n` scans: the mean of p(x | z) for code maps drawn from the prior."""
-        size, device, drawn = _MICRO_BATCH[self.config.dims], self.log_scale.device, []
-        for first, after in pairwise([*range(0, n, size), n]):
-            rows = torch.arange(first, first + size).clamp(max=n - 1)
-            told = self._told(None if cond is None else cond[rows.to(cond.device)].to(device), size)
-            uniform = torch.stack([self._uniform(derived_seed(seed, 1, first + i)) for i in range(size)]).to(device)
-            codes = torch.zeros(uniform.shape, dtype=torch.long, device=device)
-            codes = redrawn(self.prior, codes, torch.ones_like(codes, dtype=torch.bool), uniform, told)
-            drawn.append(self.decode(self.codebook.look_up(codes)).mean[: after - first])
-        return torch.cat(drawn)
+        size = _MICRO_BATCH[self.config.dims]
+
+        def draw(first: int, told: Tensor | None) -> Tensor:
+            uniform = torch.stack([self._uniform(derived_seed(seed, 1, first + i)) for i in range(size)])
+            codes = torch.zeros(uniform.shape, dtype=torch.long, device=self.device)
+            every = torch.ones_like(codes, dtype=torch.bool)
+            codes = redrawn(self.prior, codes, every, uniform.to(self.device), self._told(told, size))
+            return self.decode(self.codebook.look_up(codes)).mean
+
+        return self.in_micro_batches(n, size, draw, cond)
 
     def _uniform(self, seed: int) -> Float[Tensor, "*positions"]:
         return voxel_uniform(self.config.coarse, seed=seed)[0]

@@ -65,9 +65,9 @@ def chances(model: Model, data: ScanDataset) -> tuple[np.ndarray, np.ndarray]:
     found, true = [], []
     for unmoved in data.batches(8):
         batch = unmoved.to(model.device)
-        if batch.cond is None:
+        classes = class_indices(model.config, batch.cond)
+        if classes is None:
             continue
-        classes = batch.cond if batch.cond.ndim == 1 else batch.cond[:, : len(model.config.classes)].argmax(1)
         found.append(cast(Classifies, model).class_log_prob(batch.x, batch.cond, **given(batch)).cpu().double())
         true.append(classes.cpu())
     if not found:
