@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import torch
 from skimage.metrics import structural_similarity
+from sklearn.covariance import LedoitWolf
+from sklearn.neighbors import NearestNeighbors
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
@@ -20,6 +22,7 @@ from medgen.models.pyramidflow import PyramidFlow
 from medgen.models.vae import VAE
 from medgen.scores.base import Healthy
 from medgen.scores.density import Background, Complexity, Surprise, Typicality
+from medgen.scores.latent import LatentDistance, gaussians, mahalanobis
 from medgen.scores.reconstruction import Residual
 from medgen.scores.statistics import statistic
 
@@ -73,6 +76,10 @@ CASES = [
     (Typicality(), HVAE, {}, 2),
     (Complexity(), PyramidFlow, FLOW, 3),
     (Complexity(), VAE, {}, 2),
+    (LatentDistance(), VAE, {}, 2),
+    (LatentDistance(how="knn", k=2), VAE, {"code": "map", "latent": 3}, 3),
+    (LatentDistance(reduce="tail"), Autoencoder, {"code": "map", "latent": 3}, 2),
+    (LatentDistance(), Flow, FLOW, 2),
 ]
 
 
@@ -201,3 +208,42 @@ def test_a_model_of_two_classes_is_asked_about_both():
     found = Surprise()({"model": model}, Batch(x, torch.zeros(4, dtype=torch.long)), {}).values[:, 0]
     each = [-model.log_prob(x, torch.full((4,), c)) / x[0].numel() for c in (0, 1)]
     torch.testing.assert_close(found, torch.minimum(*each))
+
+
+# -- codes ---------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("count", "size"), [(60, 5), (12, 30)], ids=["many scans", "few scans"])
+def test_the_distance_of_codes_is_scikit_learns(count, size):
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(count, size, generator=generator) @ torch.randn(size, size, generator=generator)
+    new = torch.randn(7, size, generator=generator)
+    judge = LedoitWolf().fit(rows.numpy())
+    learnt = {name: tensor.float() for name, tensor in gaussians(rows[None]).items()}
+    found = mahalanobis(new[:, None], learnt)[:, 0].square() * size
+    np.testing.assert_allclose(found.numpy(), judge.mahalanobis(new.numpy()), rtol=1e-3)
+
+
+def test_a_code_map_says_where():
+    model = made(VAE, code="map", latent=3)
+    batch = scans(1)
+    ill = batch.x.clone()
+    ill[:, :, 4:6, 8:10] = 1.0
+    for score in (LatentDistance(), LatentDistance(how="knn")):
+        known = score.learn({"model": model}, healthy(40))
+        before, after = (score({"model": model}, Batch(x), known) for x in (batch.x, ill))
+        rise = (after.map - before.map)[0]
+        assert rise[4:6, 8:10].mean() == rise.max() > 0
+        assert torch.equal(rise[4:6, 8:10], rise[4, 8].expand(2, 2))
+
+
+def test_neighbours_are_scikit_learns():
+    model, score = made(VAE), LatentDistance(how="knn", k=3)
+    known = score.learn({"model": model}, healthy())
+    with torch.no_grad():
+        codes = torch.cat([model.encode(batch.x).mean.flatten(1) for batch in healthy().train()])
+        new = model.encode(scans(5).x).mean.flatten(1)
+    spread = codes.std(0, correction=0)
+    judge = NearestNeighbors(n_neighbors=3).fit((codes / spread).numpy())
+    expected = judge.kneighbors((new / spread).numpy())[0].mean(1) / codes.shape[1] ** 0.5
+    np.testing.assert_allclose(score({"model": model}, scans(5), known).values[:, 0], expected, rtol=1e-4)
