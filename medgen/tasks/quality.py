@@ -17,7 +17,7 @@ from medgen.metrics.classification import (
 )
 from medgen.metrics.image import psnr, ssim_map
 from medgen.models.abilities import Classifies, Reconstructs
-from medgen.models.base import Model, can
+from medgen.models.base import Model, can, class_indices
 from medgen.scores.likelihoods import bits_per_dim, density_kind, given
 
 # An estimate takes hundreds of evaluations a scan.
