@@ -1,12 +1,28 @@
 """Numbers that mean something: valid p-values, thresholds that keep their word, silence where they cannot."""
 
+import json
+import time
+
 import numpy as np
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy import ndimage
 from scipy.stats import median_abs_deviation
 
-from medgen.tasks.calibration import folded, mask_threshold, normals, normals_needed, p_value, tail_mean
+from medgen.errors import BundleError, DataError
+from medgen.tasks.calibration import (
+    clusters,
+    folded,
+    from_bundle,
+    learned_from,
+    mask_threshold,
+    normals,
+    normals_needed,
+    p_value,
+    tail_mean,
+)
 
 # -- p-values --------------------------------------------------------------------------------------------
 
@@ -21,9 +37,10 @@ def test_p_is_never_zero_and_never_above_one(n):
         assert p * (n + 1) == pytest.approx(round(p * (n + 1)))
 
 
+@pytest.mark.parametrize("two_sided", [True, False])
 @pytest.mark.parametrize("kind", ["normal", "exponential", "cauchy", "grey"])
 @pytest.mark.parametrize("n", [19, 39])
-def test_p_values_are_valid_whatever_the_distribution(kind, n):
+def test_p_values_are_valid_whatever_the_distribution(kind, n, two_sided):
     """P(p <= alpha) lies in [alpha - 1/(n+1), alpha], and below it only where scores are tied."""
     rng = np.random.default_rng(0)
     draw = {
@@ -33,7 +50,7 @@ def test_p_values_are_valid_whatever_the_distribution(kind, n):
         "grey": lambda size: rng.integers(0, 12, size).astype(float),
     }[kind]
     trials = 3000
-    ps = np.array([p_value(row[:-1], float(row[-1])) for row in draw((trials, n + 1))])
+    ps = np.array([p_value(row[:-1], float(row[-1]), two_sided=two_sided) for row in draw((trials, n + 1))])
     for alpha in (0.05, 0.1, 0.25):
         rate, error = (ps <= alpha + 1e-12).mean(), 2 * np.sqrt(alpha * (1 - alpha) / trials)
         assert rate <= alpha + error
@@ -42,7 +59,7 @@ def test_p_values_are_valid_whatever_the_distribution(kind, n):
 
 
 @given(
-    st.lists(st.floats(-1e6, 1e6), min_size=2, max_size=30),
+    st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=30),
     st.floats(-1e6, 1e6),
     st.floats(0.01, 100),
     st.floats(-1e3, 1e3),
@@ -51,9 +68,12 @@ def test_p_values_are_valid_whatever_the_distribution(kind, n):
 def test_folding_treats_the_new_score_like_any_other(scores, new, gain, offset):
     together = np.append(np.asarray(scores), new)
     healthy, mine = folded(np.asarray(scores), new)
-    spread = max(median_abs_deviation(together) * 1.4826, 1e-12)
-    expected = np.abs(together - np.median(together)) / spread
-    assert np.allclose(np.append(healthy, mine), expected, rtol=1e-6)
+    away = together - np.median(together)
+    spread = median_abs_deviation(together) * 1.4826
+    spread = spread if spread > 1e-9 * away.std() else away.std() or 1.0
+    assert np.allclose(np.append(healthy, mine), np.abs(away) / spread, rtol=1e-6)
+    signed, placed = folded(np.asarray(scores), new, two_sided=False)
+    assert np.allclose(np.append(signed, placed), away / spread, rtol=1e-6)
 
 
 def test_unusually_low_is_as_suspicious_as_unusually_high():
@@ -62,9 +82,21 @@ def test_unusually_low_is_as_suspicious_as_unusually_high():
     assert p_value(scores, 0.0) > 0.9
 
 
-def test_equal_scores_are_not_unusual():
-    assert p_value(np.full(19, 3.0), 3.0) == 1.0
-    assert p_value(np.full(19, 3.0), 3.1) == pytest.approx(0.05)
+@given(st.lists(st.floats(-1e6, 1e6, allow_subnormal=False), min_size=2, max_size=30), st.integers(0, 29))
+@settings(deadline=None, max_examples=60)
+def test_a_one_sided_p_counts_the_healthy_scores_that_are_at_least_as_high(scores, which):
+    healthy, new = np.asarray(scores), scores[which % len(scores)]
+    expected = (1 + sum(score >= new for score in scores)) / (len(scores) + 1)
+    assert p_value(healthy, new, two_sided=False) >= expected - 1e-12
+    assert p_value(healthy, float(healthy.max()) + 1, two_sided=False) == pytest.approx(1 / (len(scores) + 1))
+    assert p_value(healthy, float(healthy.min()) - 1, two_sided=False) == 1.0
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_equal_scores_are_not_unusual(two_sided):
+    assert p_value(np.full(19, 3.0), 3.0, two_sided=two_sided) == 1.0
+    assert p_value(np.full(19, 3.0), 3.1, two_sided=two_sided) == pytest.approx(0.05)
+    assert folded(np.full(19, 3.0), 3.0, two_sided=two_sided)[1] == 0.0
 
 
 # -- how many are needed -----------------------------------------------------------------------------------
@@ -116,7 +148,7 @@ def maps(n: int, shape: tuple[int, ...], seed: int = 0) -> np.ndarray:
 
 
 @pytest.mark.parametrize("shape", [(12, 14), (6, 7, 8)])
-@pytest.mark.parametrize("n", [3, 4, 12])
+@pytest.mark.parametrize("n", [4, 5, 12])
 def test_each_maximum_and_tail_leaves_its_own_map_out(shape, n):
     """Equal to learning the others from scratch, one by one."""
     residuals = maps(n, shape)
@@ -126,6 +158,62 @@ def test_each_maximum_and_tail_leaves_its_own_map_out(shape, n):
         z = others.z_map(residuals[index])
         assert learnt.maxima[index] == pytest.approx(float(z.max()), rel=1e-3)
         assert learnt.tails[index] == pytest.approx(tail_mean(z), rel=1e-3)
+        found, count = ndimage.label(z > learnt.forming, structure=np.ones((3,) * len(shape)))
+        sizes = [int((found == number).sum()) for number in range(1, count + 1)]
+        assert learnt.largest[index] == pytest.approx(max(sizes, default=0), abs=1)
+
+
+def test_one_healthy_voxel_in_a_thousand_exceeds_the_forming_level():
+    residuals = maps(20, (20, 20, 10))
+    learnt = normals(residuals)
+    left_out = [normals(np.delete(residuals, n, axis=0)).z_map(residuals[n]) for n in range(20)]
+    assert (np.stack(left_out) > learnt.forming).mean() == pytest.approx(0.001, rel=0.1)
+    assert learnt.largest.max() >= 1
+
+
+@pytest.mark.parametrize("shape", [(40, 40), (14, 14, 14)])
+def test_the_shrunken_spread_is_nearer_the_truth_than_each_voxel_s_own(shape):
+    rng = np.random.default_rng(0)
+    true = ndimage.gaussian_filter(rng.uniform(0.5, 4, shape), 4, mode="nearest")
+    residuals = (true * rng.normal(size=(12, *shape))).astype(np.float32)
+    learnt = normals(residuals, two_sided=True)
+    own, kept = residuals.std(0, ddof=1), np.log(learnt.sd / true)
+    assert kept.std() < 0.5 * np.log(own / true).std()
+    assert 0 < kept.mean() < 0.35  # never too sure of itself
+    # Many scans speak for themselves.
+    many = normals((true * rng.normal(size=(300, *shape))).astype(np.float32), two_sided=True)
+    assert np.abs(np.log(many.sd / true)).mean() < 0.15
+
+
+def test_maps_of_too_few_scans_teach_nothing():
+    with pytest.raises(DataError, match="needs 3 maps of the same place; found 2"):
+        normals(maps(2, (4, 4)))
+
+
+def test_what_too_few_normals_have_is_unknown_and_never_healthy():
+    residuals = maps(8, (10, 10))
+    residuals[2:, :3] = np.nan  # two scans have it: not enough
+    residuals[3:, 3] = np.nan  # three have it
+    learnt = normals(residuals)
+    z = learnt.z_map(np.full((10, 10), 50.0, np.float32))
+    assert np.isnan(z[:3]).all()
+    assert (z[3:] > 3).all()
+    assert np.isfinite(learnt.maxima).all()
+    # Whoever has no voxel there is judged where he has some.
+    alone = residuals.copy()
+    alone[0, 2:] = np.nan
+    assert len(normals(alone).maxima) == 7
+    assert np.isnan(tail_mean(np.full((3, 3), np.nan)))
+
+
+def test_a_map_of_a_million_voxels_takes_no_time():
+    shape = (100, 100, 100)
+    learnt = normals(maps(3, (10, 10, 10)))
+    big = type(learnt)(np.ones(shape, np.float32), np.ones(shape, np.float32), learnt.maxima, learnt.tails)
+    residual = np.zeros(shape, np.float32)
+    begun = time.perf_counter()
+    big.z_map(residual)
+    assert time.perf_counter() - begun < 0.1
 
 
 @pytest.mark.parametrize("shape", [(12, 14), (6, 7, 8)])
@@ -191,3 +279,67 @@ def test_scoring_a_new_healthy_map_against_the_left_out_tails_is_valid(n):
     error = 2.6 * np.sqrt(rate * (1 - rate) / trials)
     assert hits / trials <= rate + error
     assert masks / trials <= rate + error
+
+
+# -- clusters --------------------------------------------------------------------------------------------
+
+
+def test_voxels_that_touch_by_a_corner_are_one_cluster():
+    z = np.zeros((6, 6, 6), np.float32)
+    z[0, 0, 0] = z[1, 1, 1] = z[2, 2, 1] = 5
+    z[4, 4, 4] = 5
+    labels, sizes = clusters(z, 4.0)
+    assert sorted(sizes) == [1, 3]
+    assert labels[0, 0, 0] == labels[1, 1, 1] == labels[2, 2, 1] != labels[4, 4, 4] > 0
+    assert (labels > 0).sum() == sizes.sum() == 4
+    z[3, 3, 3] = np.nan
+    assert sorted(clusters(z, 4.0)[1]) == [1, 3]
+    assert clusters(z, 5.0)[1].size == 0
+
+
+@pytest.mark.parametrize(("n", "rate"), [(19, 0.1)])
+def test_the_largest_cluster_of_a_new_healthy_map_is_as_large_as_promised(n, rate):
+    trials, hits = 150, 0
+    for trial in range(trials):
+        rng = np.random.default_rng(trial)
+        noise = rng.normal(size=(n + 1, 16, 16)).astype(np.float32)
+        smooth = np.stack([ndimage.gaussian_filter(one, rng.uniform(0.5, 1.5)) for one in noise])
+        learnt = normals(smooth[:-1])
+        largest = clusters(learnt.z_map(smooth[-1]), learnt.forming)[1].max(initial=0)
+        hits += (1 + (learnt.largest >= largest).sum()) / (n + 1) <= rate + 1e-12
+    assert hits / trials <= rate + 2.6 * np.sqrt(rate * (1 - rate) / trials)
+
+
+# -- what a bundle keeps ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("two_sided", [True, False])
+def test_a_bundle_gives_back_what_was_learned(two_sided):
+    scores, residuals = np.linspace(0, 1, 7), maps(7, (8, 9))
+    numbers, tensors = learned_from(scores, residuals, two_sided=two_sided)
+    assert numbers["scans"] == 7
+    back, known = from_bundle(json.loads(json.dumps(numbers)), tensors)
+    direct = normals(residuals, two_sided=two_sided)
+    assert np.array_equal(back, scores)
+    assert known.two_sided is two_sided
+    assert known.forming == direct.forming
+    for name in ("mean", "sd", "maxima", "tails", "largest"):
+        assert np.array_equal(getattr(known, name), getattr(direct, name))
+
+
+def test_fewer_than_three_maps_leave_the_scores_alone():
+    for residuals in (None, maps(2, (4, 4))):
+        numbers, tensors = learned_from(np.array([1.0, 2.0]), residuals)
+        assert tensors == {}
+        assert from_bundle(numbers, tensors)[1] is None
+    assert from_bundle({}, {})[0].size == 0
+
+
+def test_a_calibration_with_holes_is_refused():
+    numbers, tensors = learned_from(np.arange(4.0), maps(4, (5, 5)))
+    del numbers["largest"]
+    with pytest.raises(BundleError, match="lacks largest"):
+        from_bundle(numbers, tensors)
+    with pytest.raises(DataError, match="1 of the 3 healthy scans"):
+        learned_from(np.array([1.0, np.nan, 2.0]))
+    assert isinstance(tensors["mean"], torch.Tensor)
