@@ -195,9 +195,7 @@ def test_bootstrap_intervals_cover_and_clustered_ones_are_wider():
     inside, patients = 0, [f"p{n}" for n in range(40)]
     for _ in range(100):
         values = rng.normal(3, 1, 40)
-        low, high = bootstrap_interval(
-            lambda n, v=values: float(v[n].mean()), list(map(str, range(40))), rng, draws=200
-        )
+        low, high = bootstrap_interval(lambda n, v=values: float(v[n].mean()), patients, rng, draws=200)
         inside += low <= 3 <= high
     assert inside >= 86
     twins = np.repeat(rng.normal(size=20), 10)
