@@ -216,6 +216,8 @@ def test_presets_that_cannot_be_compared_are_named_before_anything_is_trained(tm
         medgen.compare(XRAY, tmp_path / "a", presets=["vae", "vae"], minutes=0.01)
     with pytest.raises(ConfigError, match=r"no 'wavenet' in 2D, only wavenet3d"):
         would_train(XRAY, ["vae", "wavenet"])
+    with pytest.raises(ConfigError, match="different names"):
+        would_train(XRAY, ["vae", "vae"])
     assert would_train(XRAY, ["vae", "glow2d"])["presets"] == ["vae2d", "glow2d"]
     assert not list(tmp_path.iterdir())
 

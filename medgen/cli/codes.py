@@ -13,6 +13,7 @@ from medgen.cli.shared import (
     Device,
     DryRun,
     Force,
+    Made,
     OnGap,
     OnTilt,
     Out,
@@ -24,7 +25,6 @@ from medgen.cli.shared import (
     speaking,
 )
 
-Made = Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)]
 End = Annotated[Path, typer.Argument(help="One scan: file, DICOM series or item of an .npz.", show_default=False)]
 _RESEARCH = "Research use only, not a medical device."
 

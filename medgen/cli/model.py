@@ -1,6 +1,5 @@
 """`medgen models`, `train`, `evaluate` and `compare`."""
 
-from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -17,6 +16,7 @@ from medgen.cli.shared import (
     DryRun,
     Force,
     Label,
+    Made,
     Minutes,
     OnGap,
     OnTilt,
@@ -93,7 +93,7 @@ def train(
 @app.command()
 def evaluate(
     data: Data,
-    bundle: Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)],
+    bundle: Made,
     split: Annotated[Split, typer.Option(help="test: the scans that training set aside.")] = "test",
     label: Label = None,
     domain: Domain = None,

@@ -21,6 +21,7 @@ Quiet = Annotated[bool, typer.Option("-q", "--quiet", help="No progress, no note
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print the resolved plan and stop.")]
 Seed = Annotated[int, typer.Option(help="Decides splits, training order and noise.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or mps.")]
+Made = Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)]
 Preset = Annotated[str | None, typer.Option(help="Preset name or YAML file; see `medgen models`.")]
 Set = Annotated[list[str], typer.Option("--set", help="Change a value of the preset, such as fit.images=5000.")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep within on this machine.")]
@@ -115,6 +116,7 @@ def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
 
 
 __all__ = [
-    "AsJson", "Colour", "Context", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Minutes",
-    "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "reading", "say", "speaking",
+    "AsJson", "Colour", "Context", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Made",
+    "Minutes", "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "reading", "say",
+    "speaking",
 ]  # fmt: skip

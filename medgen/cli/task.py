@@ -1,5 +1,6 @@
 """`medgen augment` and `medgen score`."""
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -18,6 +19,7 @@ from medgen.cli.shared import (
     DryRun,
     Force,
     Label,
+    Made,
     Minutes,
     OnGap,
     OnTilt,
@@ -91,7 +93,7 @@ def augment(
 @app.command()
 def score(
     scans: Data,
-    bundle: Annotated[Path, typer.Option("-m", "--bundle", help="Bundle made by `medgen train`.", show_default=False)],
+    bundle: Made,
     out: Out,
     fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="False-alarm rate for flags and masks.")] = 0.05,
     maps: Annotated[bool, typer.Option(help="Write maps, masks and pictures.")] = True,
@@ -130,7 +132,8 @@ def score(
         f"Wrote scores.csv{', maps and pictures' if maps else ''} to {done.folder}.",
         "Research use only, not a medical device.",
     ]
-    facts = {"folder": done.folder, "failed": done.failed, "notes": done.notes, "scans": [vars(s) for s in done.scans]}
+    facts = {"folder": done.folder, "failed": done.failed, "notes": done.notes}
+    facts["scans"] = [asdict(scan) for scan in done.scans]
     say(lines, facts, as_json)
     if done.failed:
         raise typer.Exit(3)

@@ -8,6 +8,7 @@ its rows, and `Header.space` is 0, unknown.
 import struct
 import zipfile
 import zlib
+from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -221,6 +222,17 @@ def read_npz(path: Path, fragment: str, options: ReadOptions = ReadOptions()) ->
     return Scan(voxels, _plain_grid(voxels.shape[1:]), header=header)
 
 
+def as_pictures(scans: Sequence[Scan]) -> Shaped[np.ndarray, "n ..."]:
+    """Voxels (c, i, j, k) of scans of one shape as `write_npz` takes them: (n, k, j, i, c), without single axes.
+
+    >>> scan = Scan(np.zeros((1, 3, 2, 1)), Grid((3, 2, 1), np.eye(4)))
+    >>> as_pictures([scan, scan]).shape
+    (2, 2, 3)
+    """
+    single = ((0,) if scans[0].is_planar else ()) + ((3,) if scans[0].channels == 1 else ())
+    return np.stack([np.squeeze(scan.voxels.transpose(3, 2, 1, 0), axis=single) for scan in scans])
+
+
 def write_npz(path: Path, images: dict[str, np.ndarray], labels: dict[str, np.ndarray]) -> Path:
     """Write pictures as a MedMNIST-style .npz.
 
@@ -289,4 +301,4 @@ def _npz_images(path: Path, key: str, changed: int, size: int) -> np.ndarray:
     return images
 
 
-__all__ = ["npz_items", "read_npz", "read_raster", "write_npz", "write_raster"]
+__all__ = ["as_pictures", "npz_items", "read_npz", "read_raster", "write_npz", "write_raster"]

@@ -380,21 +380,15 @@ def _finish_files(written: Sequence[dict[str, Any]], bundle: Bundle, chosen: str
 def _as_npz(written: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
     import shutil
 
-    from medgen.io.raster import write_npz
+    from medgen.io.raster import as_pictures, write_npz
 
     scans = [io.read(folder / row["path"], _OWN) for row in written]
-    # (c, i, j, k) to (k, j, i, c), the order of rows and columns in such files; single axes go.
-    arrays = np.stack([np.squeeze(scan.voxels.transpose(3, 2, 1, 0), axis=tuple(_single(scan))) for scan in scans])
     labels = sorted({row["label"] for row in written})
     ids = np.asarray([[int(row["label"]) if row["label"].isdigit() else labels.index(row["label"])] for row in written])
     (folder / "synthetic.npz").unlink(missing_ok=True)
-    write_npz(folder / "synthetic.npz", {"train": arrays}, {"train": ids})
+    write_npz(folder / "synthetic.npz", {"train": as_pictures(scans)}, {"train": ids})
     shutil.rmtree(folder / "arrays")
     return [{**row, "path": f"synthetic.npz#train/{n}"} for n, row in enumerate(written)]
-
-
-def _single(scan: Scan) -> list[int]:
-    return ([0] if scan.is_planar else []) + ([3] if scan.channels == 1 else [])
 
 
 __all__ = ["Augmented", "augment", "synthetic_scan"]

@@ -87,18 +87,11 @@ def compare(
         DataError, ConfigError, OutputError.
     """
     base = Choices(None, label, domain, list(overrides), minutes, seed)
-    each = [replace(base, preset=name) for name in presets]
     settings = {"data": str(Path(data).resolve()), "presets": [str(name) for name in presets], **base.settings()}
     settings |= {"options": vars(options)}
-    names = [Path(name).stem for name in presets]
-    if not names or len(set(names)) < len(names):
-        raise ConfigError(f"compare takes presets with different names; found {', '.join(names) or 'none'}.")
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        look = look_at(place, base, options)
-        if not len(look.manifest.split("test")):
-            raise DataError("No scan is left for the test split, on which models are compared. Add scans.")
-        recipe = shared_recipe(look, each)
+        each, look, recipe = _agreed(place, base, presets, options)
         work.record()
         rows = _baselines(look, recipe, options)
         for one in track(each, "Comparing presets"):
@@ -119,10 +112,27 @@ def would_train(
     """
     base = Choices(None, label, domain, list(overrides), seed=seed)
     with io.opened(data) as place:
-        look = look_at(place, base, options)
-        each = [replace(base, preset=name) for name in presets]
-        recipe = shared_recipe(look, each)
+        each, look, recipe = _agreed(place, base, presets, options)
         return {"presets": [planned(look, one).preset for one in each], "recipe": recipe.model_dump(mode="json")}
+
+
+def _agreed(
+    place: str | Path, base: Choices, presets: Sequence[str], options: ReadOptions
+) -> tuple[list[Choices], Look, Recipe]:
+    """What every preset is asked for, the scans, and the voxels that suit all presets.
+
+    Raises:
+        DataError: there is nothing to learn from, or to compare on.
+        ConfigError: presets share a name, or do not fit.
+    """
+    names = [Path(name).stem for name in presets]
+    if not names or len(set(names)) < len(names):
+        raise ConfigError(f"compare takes presets with different names; found {', '.join(names) or 'none'}.")
+    each = [replace(base, preset=name) for name in presets]
+    look = look_at(place, base, options)
+    if not len(look.manifest.split("test")):
+        raise DataError("No scan is left for the test split, on which models are compared. Add scans.")
+    return each, look, shared_recipe(look, each)
 
 
 def _row(

@@ -59,9 +59,9 @@ class DerivedWriter:
     def finish(self, facts: Sequence[str]) -> None:
         """The table of steps, and the .npz that holds all scans where the source was one."""
         if self.format == "npz":
-            from medgen.io.raster import write_npz
+            from medgen.io.raster import as_pictures, write_npz
 
-            arrays = np.stack([np.squeeze(s.voxels.transpose(3, 2, 1, 0), axis=_single(s)) for s in self.scans])
+            arrays = as_pictures(self.scans)
             write_npz(self._folder / "scans.npz", {"train": arrays}, {"train": np.zeros((len(arrays), 1), np.uint8)})
         with (self._folder / "steps.csv").open("w", newline="", encoding="utf-8") as file:
             writer = csv.DictWriter(file, ["case", "path", *facts, "synthetic"])
@@ -90,10 +90,6 @@ class DerivedWriter:
 def _fits_png(bundle: Bundle) -> bool:
     told = bundle.contract
     return told.planar and told.integers and told.low >= 0 and told.high <= 65535
-
-
-def _single(scan: Scan) -> tuple[int, ...]:
-    return ((0,) if scan.is_planar else ()) + ((3,) if scan.channels == 1 else ())
 
 
 def derived_scan(values: Float[Tensor, "c *space"], like: Intake, scale: Scale) -> Scan:
