@@ -9,17 +9,23 @@ import torch
 from PIL import Image
 from safetensors.torch import load, save
 from scipy.ndimage import gaussian_filter
-from scipy.stats import skew
+from scipy.stats import norm, skew
 from sklearn.covariance import LedoitWolf
 from sklearn.neighbors import NearestNeighbors
 
 from medgen.data.dataset import Batch
-from medgen.errors import DataError
+from medgen.errors import CapabilityError, DataError
+from medgen.models.autoencoder import Autoencoder
+from medgen.models.base import Model
+from medgen.models.mixture import Mixture
+from medgen.models.vae import VAE
 from medgen.scores.base import Healthy, Score
 from medgen.scores.features import Hog, hog_rows
 from medgen.scores.filters import smoothed, squared_gradient, tail_mean
 from medgen.scores.normative import Normative, Pca, Voxelwise
+from medgen.scores.patches import Patches, feature_maps
 from medgen.scores.reference import fingerprints, own_rows
+from medgen.scores.states import DensityOfStates, Spreads
 from medgen.scores.statistics import CodeLength, GradientEnergy, Intensity, Statistics
 
 SPACES = {2: (16, 20), 3: (10, 12, 8)}
@@ -236,3 +242,151 @@ def test_dark_background_is_no_finding() -> None:
     assert found is not None
     assert not found[:, :4].any()
     assert (found[:, 5, 5] > found[:, 10, 10]).all()
+
+
+# -- patch features ------------------------------------------------------------------------------------
+
+
+def encoding(dims: int = 2, kind: type[Model] = Autoencoder, **values: object) -> Model:
+    """A model that was not trained: its encoder's random features tell textures apart all the same."""
+    torch.manual_seed(0)
+    shape = {2: (16, 20), 3: (8, 12, 8)}[dims]
+    return kind(kind.Config(shape=shape, width=8, levels=2, **values)).eval()
+
+
+@pytest.mark.parametrize("how", ["mahalanobis", "knn"])
+@pytest.mark.parametrize("dims", [2, 3])
+def test_patch_features_tell_where_a_lesion_is(how: str, dims: int) -> None:
+    models = {"model": encoding(dims, VAE if dims == 2 else Autoencoder)}
+    score = Patches(how=how, features=6, bank=256)
+    score.check(models)
+    inner = (..., *map(slice, models["model"].config.shape))
+    x, fresh = scans(24, dims)[inner], scans(4, dims, seed=1)[inner]
+    known = load(save(score.learn(models, healthy(x))))
+    usual, ill = score(models, Batch(fresh), known), score(models, Batch(painted(fresh)), known)
+    assert (ill.values > usual.values).all()
+    assert ill.map is not None
+    assert ill.map.shape == (4, *fresh.shape[2:])
+    inside = (slice(None), *[slice(4, 6)] * dims)
+    assert ill.map[inside].mean() > (1.3 if how == "mahalanobis" else 1) * ill.map.mean()
+    one = score(models, Batch(fresh[2:3]), known)
+    torch.testing.assert_close(one.values, usual.values[2:3], rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("how", ["mahalanobis", "knn"])
+def test_patches_of_a_scan_that_was_learned_from_count_for_nothing(how: str) -> None:
+    models = {"model": encoding()}
+    score = Patches(how=how, features=4, bank=512)
+    train = scans(20)
+    known = score.learn(models, healthy(train))
+    mine, fresh = (float(score(models, Batch(x), known).values.mean()) for x in (train, scans(20, seed=1)))
+    assert mine == pytest.approx(fresh, rel=0.2)
+
+
+def test_patches_of_different_levels_meet_on_one_grid() -> None:
+    model = encoding()
+    assert feature_maps(model, scans(2)).shape == (2, 8 + 16 + 32, 16, 20)
+    assert not any(layer._forward_hooks for layer in model.encoder.body)
+
+
+def test_patches_take_a_model_with_an_encoder() -> None:
+    mixture = Mixture(Mixture.Config(shape=(16, 20)))
+    with pytest.raises(CapabilityError, match="Models that do: autoencoder, vae, vqvae"):
+        Patches().check({"model": mixture})
+
+
+# -- density of states ---------------------------------------------------------------------------------
+
+MEMBERS = (Statistics(which=("mean", "gradient", "symmetry")), Hog(), Voxelwise())
+HOWS = ("mahalanobis", "kde", "knn", "tails")
+
+
+@pytest.mark.parametrize("held", [4, 19])
+@pytest.mark.parametrize("how", HOWS)
+def test_states_say_one_thing(how: str, held: int) -> None:
+    score = DensityOfStates(members=MEMBERS, how=how)
+    assert score.asks == ()
+    known = load(save(score.learn({}, healthy(scans(20), scans(held, seed=1)))))
+    x = scans(12, seed=2)
+    usual, ill = score({}, Batch(x), known), score({}, Batch(painted(x)), known)
+    assert usual.values.shape == (12, 1)
+    assert ill.values.isfinite().all()
+    assert (ill.values > usual.values).float().mean() > 0.9
+    assert ill.map is not None
+    assert ill.map[:, 4:6, 4:6].mean() > 2 * ill.map.mean()
+    one = score({}, Batch(x[3:4]), known)
+    torch.testing.assert_close(one.values, usual.values[3:4], rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_held_scans_are_scored_as_if_the_states_were_the_others(how: str) -> None:
+    score = DensityOfStates(members=MEMBERS, how=how)
+    held = scans(19, seed=1)
+    known = score.learn({}, healthy(scans(20), held))
+    without = score.learn({}, healthy(scans(20), torch.cat([held[:7], held[8:]])))
+    assert float(score({}, Batch(held[7:8]), known).values) == pytest.approx(
+        float(score({}, Batch(held[7:8]), without).values), rel=1e-3, abs=1e-4
+    )
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_low_statistics_count_as_much_as_high_ones_and_low_distances_for_nothing(how: str) -> None:
+    score = DensityOfStates(members=MEMBERS, how=how)
+    normal = norm.ppf((np.arange(99) + 0.5) / 99)
+    healthy_rows = torch.from_numpy(np.stack([np.random.default_rng(k).permutation(normal) for k in range(5)], 1))
+    rows = torch.zeros(5, 5, dtype=torch.double)
+    rows[1, 0], rows[2, 0], rows[3, 3], rows[4, 3] = 5, -5, 5, -5
+    usual, high, low, far, near = score.together(rows, healthy_rows).tolist()
+    assert high > usual + 0.1
+    assert low > usual + 0.1
+    assert far > usual + 0.1
+    assert near < usual + 0.1
+
+
+@pytest.mark.parametrize("how", HOWS)
+def test_extreme_values_go_on_counting(how: str) -> None:
+    rows = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double()
+    far = torch.zeros(4, 5, dtype=torch.double)
+    far[:, 4] = torch.tensor([5.0, 10.0, 100.0, 1000.0])
+    found = DensityOfStates(members=MEMBERS, how=how).together(far, rows)
+    assert found.isfinite().all()
+    assert (found.diff() > 0).all()
+
+
+def test_a_member_counts_once_however_many_columns_it_has_and_twins_share() -> None:
+    members = (Statistics(which=("mean", "gradient", "symmetry")), Hog(), Voxelwise(), Voxelwise(sigma=2))
+    rows = torch.randn(500, 6, generator=torch.Generator().manual_seed(0)).double()
+    rows[:, 5] = rows[:, 4]
+    unusual = torch.zeros(3, 6, dtype=torch.double)
+    unusual[0, 3], unusual[1, 4:], unusual[2, :3] = 3, 3, 3
+    one, twins, statistics = DensityOfStates(members=members).together(unusual, rows).tolist()
+    assert twins == pytest.approx(one, rel=0.15)
+    assert statistics > 0.8 * one
+
+
+def test_spreads_of_a_lopsided_column() -> None:
+    generator = torch.Generator().manual_seed(0)
+    normal = torch.randn(4000, 1, generator=generator).double()
+    lopsided = torch.where(normal > 0, 3 * normal, normal)
+    z = Spreads(lopsided)(lopsided)
+    torch.testing.assert_close(z, normal, rtol=0.06, atol=0.06)
+    assert Spreads(torch.full((5, 1), 2.0).double())(torch.tensor([[2.0]]).double()).tolist() == [[0.0]]
+
+
+def test_states_are_plain_values() -> None:
+    score = DensityOfStates(members=(*MEMBERS, DensityOfStates(members=MEMBERS, how="knn")))
+    assert DensityOfStates.model_validate_json(score.model_dump_json()) == score
+
+
+def test_states_refuse_what_a_member_refuses() -> None:
+    with pytest.raises(CapabilityError, match="Models that do"):
+        DensityOfStates(members=(Hog(), Patches())).check({"model": Mixture(Mixture.Config(shape=(16, 20)))})
+
+
+def test_states_without_maps_have_none() -> None:
+    members = (Statistics(), Hog())
+    score = DensityOfStates(members=members)
+    known = score.learn({}, healthy(scans(10), scans(10, seed=1)))
+    assert score({}, Batch(scans(2, seed=2)), known).map is None
+    flat = DensityOfStates(members=MEMBERS, maps=False)
+    assert flat({}, Batch(scans(2, seed=2)), flat.learn({}, healthy(scans(10)))).map is None
