@@ -74,7 +74,7 @@ def test_learned_priors_are_densities_whatever_is_known(prior, told):
     # What codes cost is log q - log p: with a posterior of density 1, -log p.
     flat = Independent(Normal(torch.zeros(len(points), 2, 1, 1), torch.ones(len(points), 2, 1, 1)), 3)
     z = points.reshape(-1, 2, 1, 1)
-    log_p = flat.log_prob(z) - model._rate(flat, z, cond, 0.0)
+    log_p = flat.log_prob(z) - model.rate(flat, z, cond)
     assert float(log_p.exp().sum() * area) == pytest.approx(1, abs=5e-3)
 
 

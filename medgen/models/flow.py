@@ -32,7 +32,7 @@ from medgen.nets.blocks import from_blocks, spread, squeezed, squeezes
 from medgen.nets.conditioner import Conditioner, Guide
 from medgen.nets.told import require_context
 from medgen.prob.bijections import Chain, Coupling, CouplingName, Mix, MixingName
-from medgen.prob.dequantisation import dequantised, grey, log_normal, nats_a_level, quantised
+from medgen.prob.dequantisation import dequantised, grey, level_densities, log_normal, nats_a_level, quantised
 from medgen.prob.point import Point
 from medgen.seeds import derived_seed, seeded_noise, voxel_uniform
 
@@ -265,14 +265,35 @@ class Flow(Model):
     ) -> Float[Tensor, "b 1 *space"]:
         """Each voxel's part of the log density, nats; what belongs to a block of voxels is shared by them."""
         space = tuple(x.shape[2:])
-        u = voxel_uniform(space, seed=0, channels=x.shape[1]).to(x)[None].expand_as(x)
         found = x.new_full((len(x), 1, *space), -nats_a_level(self.config.bits) * x.shape[1])
-        if self.noise is not None:
-            u, ladj = self.noise(grey(x, self.config.bits), torch.special.ndtri(u.double()).to(x))
-            found = found - spread(ladj, space)
+        u, extra = self._between(x)
+        if extra is not None:
+            found = found - spread(extra, space)
         for part in self._parts(Batch(x, cond, context), u):
             found = found + spread(part, space)
         return found
+
+    def density_parts(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """What the log density, or its bound, is the sum of, nats: of each level its noise and its volume."""
+        u, extra = self._between(x)
+        noises, ladjs = self.to_noise(dequantised(x, u, self.config.bits), cond, context)
+        found = level_densities(noises, ladjs, [nats_a_level(self.config.bits) * z.shape[1] for z in noises])
+        return found if extra is None else found | {"dequantisation": -extra.flatten(1).sum(1)}
+
+    def noise_maps(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> list[Float[Tensor, "b _ *_"]]:
+        """The noise of every level on its own positions, finest first: white, of scans like the training scans."""
+        return self.to_noise(dequantised(x, self._between(x)[0], self.config.bits), cond, context)[0]
+
+    def _between(self, x: Float[Tensor, "b c *space"]) -> tuple[Tensor, Tensor | None]:
+        """Noise between grey values, always the same; and log q(u | x) by position where it is learned."""
+        u = voxel_uniform(tuple(x.shape[2:]), seed=0, channels=x.shape[1]).to(x)[None].expand_as(x)
+        if self.noise is None:
+            return u, None
+        return self.noise(grey(x, self.config.bits), torch.special.ndtri(u.double()).to(x))
 
     def encode(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None

@@ -224,11 +224,8 @@ class HVAE(Model):
         weight = config.beta
         if self.training and config.warmup:
             weight = weight * min(1.0, self.progress / config.warmup)
-        total = terms["distortion"]
-        for name, term in terms.items():
-            if name != "distortion":
-                total = total + weight * term.clamp(min=config.free_bits)
-        return Loss(total, terms)
+        rates = [term.clamp(min=config.free_bits) for name, term in terms.items() if name != "distortion"]
+        return Loss(terms["distortion"] + weight * torch.stack(rates).sum(0), terms)
 
     def initialise(self, batch: Batch) -> None:
         """Start from probabilistic PCA of what each rung is left with, in closed form, and from the best noise."""
@@ -322,6 +319,19 @@ class HVAE(Model):
     def elbo(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
         """A lower bound of log p(x) in nats, by one draw of all codes with the same noise for every scan."""
         return self.log_prob_map(x, cond).flatten(1).sum(1)
+
+    def density_parts(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> dict[str, Tensor]:
+        """What the bound is the sum of, nats: the likelihood log p(x | z), and what the codes of each lattice cost."""
+        path = self._noisy(x, cond, [False] * len(self.rungs))
+        found = {"likelihood": path.likelihood.log_prob(x)}
+        for lattice, rate in zip(self._lattices(), self._rates(path.posteriors), strict=True):
+            name = f"rate of level {lattice}"
+            found[name] = found.get(name, 0) - rate.flatten(1).sum(1)
+        return found
+
+    def rate(self, posterior: Independent, z: Tensor, cond: Tensor | None = None) -> Float[Tensor, " b"]:
+        """What codes (b, dims) cost, nats: KL(q || p), whatever code was drawn."""
+        return kl_to_standard_normal(posterior).flatten(1).sum(1)
 
     @torch.no_grad()
     def elbo_from_level(

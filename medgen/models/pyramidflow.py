@@ -30,7 +30,7 @@ from medgen.nets.haar import haar, haar_ladj, unhaar
 from medgen.nets.told import require_context
 from medgen.nets.windows import Window, cut, drawn_window, tiles
 from medgen.prob.bijections import Chain, Coupling, Mix
-from medgen.prob.dequantisation import dequantised, log_normal, nats_a_level, quantised
+from medgen.prob.dequantisation import dequantised, level_densities, log_normal, nats_a_level, quantised
 from medgen.seeds import derived_seed, voxel_normal, voxel_uniform
 
 _BINS = 8
@@ -139,8 +139,8 @@ class PyramidFlow(Model):
         number = int(player.removeprefix("level "))
         x = dequantised(batch.x, torch.rand_like(batch.x), self.config.bits)
         told, weights, positions = self._patches(x, batch, number)
-        part = self.levels[number](*told)[1]
-        nats = -(part * weights).flatten(1).sum(1) + self._constant(number) * positions
+        noise, ladj = self.levels[number](*told)
+        nats = -((log_normal(noise) + ladj) * weights).flatten(1).sum(1) + self._constant(number) * positions
         return Loss(nats, {player: nats})
 
     def _patches(self, x: Tensor, batch: Batch, number: int) -> tuple[tuple[Any, ...], Tensor, int]:
@@ -195,37 +195,46 @@ class PyramidFlow(Model):
 
     # -- density -------------------------------------------------------------------------------------
 
+    @torch.no_grad()
     def log_prob(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, " b"]:
-        """The exact log density of the dequantised scan per grey level, nats; the noise is always the same."""
-        return torch.stack([m.flatten(1).sum(1) for m in self.level_maps(x, cond, context)]).sum(0)
+        """The exact log density of the dequantised scan per grey level, nats; the noise is always the same.
+
+        Raises:
+            DataError: the scan's axes are not divisible by the pyramid's factors, or `context` is not of its size.
+        """
+        return torch.stack([*self.density_parts(x, cond, context).values()]).sum(0)
+
+    def density_parts(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """What the log density is the sum of, nats: of each level its noise and its volume."""
+        walked, costs = self._walked(x, cond, context), [self._constant(n) for n in range(len(self.levels))]
+        return level_densities([noise for noise, _ in walked], [ladj for _, ladj in walked], costs)
+
+    def noise_maps(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
+    ) -> list[Float[Tensor, "b _ *_"]]:
+        """The noise of every level on its own positions, finest first: white, of scans like the training scans."""
+        return [noise for noise, _ in self._walked(x, cond, context)]
 
     def log_prob_map(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> Float[Tensor, "b 1 *space"]:
         """Each voxel's part of the log density, nats, all scales together."""
-        space = tuple(x.shape[2:])
-        found = x.new_zeros(len(x), 1, *space)
-        for part in self.level_maps(x, cond, context):
-            found += spread(part, space)
-        return found
+        return torch.stack(self.log_prob_maps(x, cond, context)).sum(0)
 
+    @torch.no_grad()
     def log_prob_maps(
         self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
     ) -> list[Float[Tensor, "b 1 *space"]]:
         """Each voxel's part of the log density scale by scale, finest first; the last is the coarsest scan's."""
-        return [spread(part, tuple(x.shape[2:])) for part in self.level_maps(x, cond, context)]
+        space, walked = tuple(x.shape[2:]), enumerate(self._walked(x, cond, context))
+        return [spread(log_normal(noise) + ladj - self._constant(n), space) for n, (noise, ladj) in walked]
 
-    @torch.no_grad()
-    def level_maps(
-        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None, context: Tensor | None = None
-    ) -> list[Float[Tensor, "b 1 *positions"]]:
-        """The log density of every level on its own positions, computed tile by tile, nats.
-
-        Raises:
-            DataError: the scan's axes are not divisible by the pyramid's factors, or `context` is not of its size.
-        """
+    def _walked(self, x: Tensor, cond: Tensor | None, context: Tensor | None) -> list[tuple[Tensor, Tensor]]:
+        """Noise and ladj of every level on its own positions, computed tile by tile."""
         self._check(tuple(x.shape[2:]), context)
         u = voxel_uniform(tuple(x.shape[2:]), seed=0, channels=x.shape[1]).to(x)
         x = dequantised(x, u[None].expand_as(x), self.config.bits)
@@ -235,10 +244,10 @@ class PyramidFlow(Model):
 
             def scored(window: Window, level=level, details=details, coarse=coarse, given=given) -> Tensor:
                 place = level.guide.place(window.origin, window.size, tuple(details.shape[2:]))
-                return level(cut(details, window), cut(coarse, window), cond, cut(given, window), place)[1]
+                return torch.cat(level(cut(details, window), cut(coarse, window), cond, cut(given, window), place), 1)
 
-            out = x.new_empty(len(x), 1, *details.shape[2:])
-            found.append(self._tiled(out, level.reach, scored) - self._constant(number))
+            out = self._tiled(x.new_empty(len(x), level.channels + 1, *details.shape[2:]), level.reach, scored)
+            found.append((out[:, :-1], out[:, -1:]))
         return found
 
     def _tiled(self, out: Tensor, reach: int, of: Callable[[Window], Tensor]) -> Tensor:
@@ -347,8 +356,7 @@ class _Level(nn.Module):
 
     def __init__(self, config: PyramidFlow.Config, number: int) -> None:
         super().__init__()
-        factors, dims = config.blocks[number], config.dims
-        last = number == config.levels
+        factors, dims, last = config.blocks[number], config.dims, number == config.levels
         self.channels = config.channels * (prod(factors) - (not last))
         whole = [prod(f) for f in zip(*config.blocks[: number + 1], strict=True)]
         extent = tuple(n // factor for n, factor in zip(config.shape, whole, strict=True))
@@ -376,24 +384,17 @@ class _Level(nn.Module):
         seen = [part for part in (coarse, context) if part is not None]
         return self.guide(cond, torch.cat(seen, 1) if seen else None, place)
 
-    def forward(
-        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
-    ) -> tuple[Tensor, Float[Tensor, "b 1 *positions"]]:
-        """Noise, and the log density at every position, nats."""
-        noise, ladj = self.chain(details, self.told(coarse, cond, context, place))
-        return noise, log_normal(noise) + ladj
+    def forward(self, details: Tensor, *told: Tensor | None) -> tuple[Tensor, Float[Tensor, "b 1 *positions"]]:
+        """Noise, and ladj at every position."""
+        return self.chain(details, self.told(*told))
 
-    def inverse(
-        self, noise: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
-    ) -> Tensor:
+    def inverse(self, noise: Tensor, *told: Tensor | None) -> Tensor:
         """Details from noise."""
-        return self.chain.inverse(noise, self.told(coarse, cond, context, place))
+        return self.chain.inverse(noise, self.told(*told))
 
-    def initialise(
-        self, details: Tensor, coarse: Tensor | None, cond: Tensor | None, context: Tensor | None, place: Tensor | None
-    ) -> None:
+    def initialise(self, details: Tensor, *told: Tensor | None) -> None:
         """ActNorm."""
-        self.chain.initialise(details, self.told(coarse, cond, context, place))
+        self.chain.initialise(details, self.told(*told))
 
 
 __all__ = ["PyramidFlow"]

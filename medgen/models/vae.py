@@ -150,7 +150,7 @@ class VAE(Model):
         config, posterior = self.config, self.encode(batch.x, batch.cond)
         z = posterior.rsample()
         distortion = -self.decode(z, batch.cond).log_prob(batch.x)
-        rate = self._rate(posterior, z, batch.cond, config.free_bits)
+        rate = self.rate(posterior, z, batch.cond, config.free_bits)
         rising = min(1.0, self.progress / config.warmup) if self.training and config.warmup else 1.0
         total, terms = distortion + config.beta * rising * rate, {"distortion": distortion, "rate": rate}
         if config.mmd:
@@ -158,7 +158,9 @@ class VAE(Model):
             total = total + config.mmd * terms["mmd"]
         return Loss(total, terms)
 
-    def _rate(self, posterior: Independent, z: Tensor, cond: Tensor | None, free_bits: float) -> Float[Tensor, " b"]:
+    def rate(
+        self, posterior: Independent, z: Tensor, cond: Tensor | None = None, free_bits: float = -torch.inf
+    ) -> Float[Tensor, " b"]:
         """What codes cost, nats: KL(q || p), or log q(z) - log p(z) at the drawn code under a learned prior."""
         if self.prior is None:
             return with_free_bits(kl_to_standard_normal(posterior), free_bits)
@@ -293,10 +295,16 @@ class VAE(Model):
         One sample of z drawn from q, with the same noise for every scan, so that evaluation is repeatable and
         does not depend on a scan's place in the batch.
         """
+        return torch.stack([*self.density_parts(x, cond).values()]).sum(0)
+
+    def density_parts(
+        self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None
+    ) -> dict[str, Float[Tensor, " b"]]:
+        """What the bound is the sum of, nats: the likelihood log p(x | z), and what the code costs."""
         posterior = self.encode(x, cond)
         noise = seeded_noise((1, *posterior.mean.shape[1:]), seed=0).to(x.device)
         z = posterior.mean + posterior.stddev * noise
-        return self.decode(z, cond).log_prob(x) - self._rate(posterior, z, cond, -torch.inf)
+        return {"likelihood": self.decode(z, cond).log_prob(x), "rate": -self.rate(posterior, z, cond)}
 
 
 def _prior(config: VAE.Config) -> "CodeSpline | CodeMixture | Flow | None":

@@ -8,6 +8,8 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Distribution, Independent, Laplace, Normal, constraints
 from torch.nn import functional
 
+from medgen.prob.dequantisation import rounded
+
 LikelihoodName = Literal["gaussian", "laplace", "bernoulli", "discretised-logistic"]
 # Below this the density of a constant region would grow without bound.
 _LEAST_LOG_SCALE = -6.0
@@ -40,7 +42,7 @@ class DiscretisedLogistic(Distribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log probability of the grey value nearest to `value`, elementwise, nats."""
         half = 0.5 / (self.levels - 1)
-        value = torch.round(value.clamp(0, 1) * (self.levels - 1)) / (self.levels - 1)
+        value = rounded(value.clamp(0, 1) * (self.levels - 1)) / (self.levels - 1)
         upper = (value + half - self._mean) / self.scale
         lower = (value - half - self._mean) / self.scale
         lowest = functional.logsigmoid(upper)
