@@ -25,6 +25,7 @@ from medgen.scores.density import Background, Complexity, Surprise, Typicality
 from medgen.scores.latent import LatentDistance, gaussians, mahalanobis
 from medgen.scores.parts import Gradient, Scales, Whiteness
 from medgen.scores.reconstruction import Residual
+from medgen.scores.regret import Regret
 from medgen.scores.statistics import statistic
 
 SPACE = {2: (16, 16), 3: (8, 8, 8)}
@@ -90,6 +91,8 @@ CASES = [
     (Gradient(), PyramidFlow, FLOW, 2),
     (Gradient(), HVAE, {}, 2),
     (Gradient(), Flow, FLOW, 3),
+    (Regret(steps=3), VAE, {"classes": ("a", "b")}, 2),
+    (Regret(steps=3), HVAE, {}, 3),
     (Gradient(by="parameters"), Flow, FLOW, 2),
     (Gradient(by="parameters", depth=1), VAE, {"classes": ("a", "b")}, 2),
 ]
@@ -261,6 +264,33 @@ def test_neighbours_are_scikit_learns():
     np.testing.assert_allclose(score({"model": model}, scans(5), known).values[:, 0], expected, rtol=1e-4)
 
 
+# -- regret --------------------------------------------------------------------------------------------------
+
+
+def test_a_posterior_that_is_exact_has_nothing_to_regret():
+    """Of a linear VAE the posterior is known: PCA's, with which it starts; a wrong encoder leaves a gap that closes."""
+    torch.manual_seed(0)
+    model = VAE(VAE.Config(shape=(16, 16), width=8, levels=1, latent=3))
+    model.initialise(scans(64, seed=9))
+    models, batch = {"model": model.eval()}, scans(3)
+    score = Regret(steps=200, rate=0.05)
+    exact = score(models, batch, {}).values * 256
+    with torch.no_grad():
+        model.to_code.bias[:3] += 2.0
+        before = model.elbo(batch.x)
+        wrong = score(models, batch, {}).values * 256
+        model.to_code.bias[:3] -= 2.0
+        gap = model.elbo(batch.x) - before
+    assert (exact.abs() < 0.5).all()
+    assert (wrong > 3).all()
+    torch.testing.assert_close(wrong[:, 0], gap, rtol=0.3, atol=1.0)
+
+
+def test_regret_refuses_what_has_no_posterior():
+    with pytest.raises(CapabilityError, match="vae"):
+        Regret().check({"model": made(Flow, dequantisation="variational", **FLOW)})
+
+
 # -- parts ---------------------------------------------------------------------------------------------------
 
 PARTED = [
@@ -326,9 +356,10 @@ def test_the_gradient_is_the_densitys_slope():
 
 
 def test_gradients_of_parameters_are_those_of_the_loss():
-    model, x = made(VAE).double(), scans(2).x.double()
-    found = Gradient(by="parameters", depth=9)({"model": model}, Batch(x), {}).values[1]
-    names = Gradient(by="parameters", depth=9).columns({"model": model})
+    score, model, x = Gradient(by="parameters", depth=9), made(VAE), scans(2).x.double()
+    names = score.columns({"model": model})
+    model.double()
+    found = score({"model": model}, Batch(x), {}).values[1]
     model.density_parts(x[1:])["likelihood"].sum().backward(retain_graph=True)
     model.density_parts(x[1:])["rate"].sum().backward()
     for name, value in zip(names, found, strict=True):
