@@ -364,7 +364,9 @@ def test_gradients_of_parameters_are_those_of_the_loss():
     model.density_parts(x[1:])["rate"].sum().backward()
     for name, value in zip(names, found, strict=True):
         slope = model.get_parameter(name).grad
-        assert abs(float(slope.square().mean().log() / 2 - value)) < 1e-3, name
+        # Some have no effect at all, as biases before a normalisation: they are told as next to nothing.
+        expected = slope.square().mean().clamp(min=1e-12).log() / 2
+        assert abs(float(expected - value)) < 0.4 if expected < -13 else abs(float(expected - value)) < 1e-3, name
 
 
 def test_scores_of_parts_refuse_densities_without_them():
