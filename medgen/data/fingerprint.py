@@ -1,14 +1,14 @@
 """What a set of scans has in common, and the recipe that follows from it."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from math import ceil, prod
 from typing import Literal
 
 import numpy as np
 
-from medgen.data.recipe import CropOrPad, Orient, Percentiles, Recipe, Respace, Window, foreground_box
-from medgen.errors import DataError
+from medgen.data.recipe import CropOrPad, Orient, Percentiles, Plane, Recipe, Respace, Slices, Window, foreground_box
+from medgen.errors import ConfigError, DataError
 from medgen.grid import Grid
 from medgen.log import note
 from medgen.scan import Scan
@@ -100,7 +100,9 @@ def fingerprint(scans: Iterable[Scan]) -> Fingerprint:
     )
 
 
-def auto_recipe(found: Fingerprint, *, multiple: int | Sequence[int], max_voxels: int) -> Recipe:
+def auto_recipe(
+    found: Fingerprint, *, multiple: int | Sequence[int], max_voxels: int, planes: Sequence[Plane] = ()
+) -> Recipe:
     """A recipe for these scans: one lattice, a window that holds every body, intensity in [0, 1].
 
     Args:
@@ -108,12 +110,26 @@ def auto_recipe(found: Fingerprint, *, multiple: int | Sequence[int], max_voxels
         multiple: every axis of the result is a multiple of it (the model's stride), or of its own one; whatever
             size a scan has, it is padded up to that. Only the single slice of an image never is.
         max_voxels: the result has at most about this many; coarser spacing makes it fit.
+        planes: of volumes that a model of images sees slice by slice; `multiple` and `max_voxels` are then a slice's.
+
+    Raises:
+        ConfigError: images have no such planes.
     """
-    multiples = (multiple,) * 3 if isinstance(multiple, int) else tuple(multiple)
-    return Recipe(steps=(*_geometry(found, multiples, max_voxels), _intensity(found)), outside=_outside(found))
+    if not planes:
+        multiples = (multiple,) * 3 if isinstance(multiple, int) else tuple(multiple)
+        steps = (*_geometry(found, multiples, max_voxels, prod), _intensity(found))
+        return Recipe(steps=steps, outside=_outside(found))
+    if found.planar:
+        raise ConfigError(f"Only volumes have {', '.join(planes)} slices; these scans are images.")
+    slices = Slices(planes=tuple(planes))
+    steps = _geometry(found, slices.strides(multiple), max_voxels, lambda shape: prod(slices.frame(shape)))
+    return Recipe(steps=(*steps, _intensity(found), slices), outside=_outside(found))
 
 
-def _geometry(found: Fingerprint, multiples: Sequence[int], max_voxels: int) -> list[Orient | Respace | CropOrPad]:
+def _geometry(
+    found: Fingerprint, multiples: Sequence[int], max_voxels: int, seen: Callable[[list[int]], int]
+) -> list[Orient | Respace | CropOrPad]:
+    """Steps to one lattice and one shape, of which a model sees so many voxels."""
     if found.planar:
         extent = np.asarray(found.lattice.shape if found.lattice else _pixels(found))
         factor = max(1.0, (prod(extent) / max_voxels) ** 0.5)
@@ -124,7 +140,7 @@ def _geometry(found: Fingerprint, multiples: Sequence[int], max_voxels: int) -> 
         return [*respace, CropOrPad(shape=(rows, columns, 1))]
     spacing = np.asarray(found.spacing)
     body = np.asarray(found.body)
-    while prod(map(_up, body / spacing, multiples)) > max_voxels and spacing.max() < body.max():
+    while seen([*map(_up, body / spacing, multiples)]) > max_voxels and spacing.max() < body.max():
         spacing = np.where(spacing <= spacing.min() * 1.01, spacing * 1.05, spacing)
     coarser = not np.allclose(spacing, found.spacing)
     if coarser:

@@ -1,10 +1,15 @@
 """How a scan becomes what a model sees: a list of typed steps, pure Scan to Scan, JSON both ways.
 
 Geometry comes first and is done on Grids alone, so a scan is moved once however many steps there
-are; intensity comes second and edits the Scale, so physical values stay known.
+are; intensity comes second and edits the Scale, so physical values stay known. Slices come last: they
+say that a model of images sees the volume slice by slice, and leave the volume as it is.
 """
 
-from typing import Annotated, Literal
+from collections.abc import Sequence
+from dataclasses import dataclass
+from math import lcm
+from types import EllipsisType
+from typing import Annotated, Literal, get_args
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -103,16 +108,100 @@ class Percentiles(Step):
         return low, float(np.percentile(sample, self.high))
 
 
+Plane = Literal["sagittal", "coronal", "axial"]
+# The voxel axis across each plane of a volume that runs RAS: i, j, k.
+_ACROSS: dict[str, int] = {plane: axis for axis, plane in enumerate(get_args(Plane))}
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a slice lies: in its volume, and in the middle of the frame that holds slices of every plane.
+
+    Args:
+        plane: which way it is cut.
+        number: voxels before it along the axis across.
+        index: of it in (..., i, j, k).
+        inside: of it in (..., *frame).
+    """
+
+    plane: Plane
+    number: int
+    index: tuple[EllipsisType | int | slice, ...]
+    inside: tuple[EllipsisType | slice, ...]
+
+    @property
+    def name(self) -> str:
+        """Such as 'axial/12'."""
+        return f"{self.plane}/{self.number}"
+
+
+class Slices(Step):
+    """A model of images sees the volume slice by slice, along one plane or several; the volume stays as it is.
+
+    Slices keep the order of the volume's axes: sagittal ones run j, k, coronal ones i, k, axial ones i, j. All have
+    one shape, the frame: the most rows and the most columns of any plane, a smaller slice in the middle.
+
+    >>> Slices(planes=("sagittal", "axial")).frame((4, 6, 5))
+    (6, 6)
+    """
+
+    do: Literal["slices"] = "slices"
+    planes: tuple[Plane, ...] = Field(default=("axial",), min_length=1)
+
+    @field_validator("planes")
+    @classmethod
+    def _once(cls, planes: tuple[Plane, ...]) -> tuple[Plane, ...]:
+        if len(set(planes)) < len(planes):
+            raise ValueError(f"each plane is named once, not {', '.join(planes)}")
+        return planes
+
+    def frame(self, shape: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of a slice of a volume of `shape`, padded."""
+        rows, columns = zip(*(_within(plane, shape) for plane in self.planes), strict=True)
+        return max(rows), max(columns)
+
+    def places(self, shape: Sequence[int]) -> list[Place]:
+        """Every slice of a volume of `shape`, plane after plane."""
+        frame, found = self.frame(shape), []
+        for plane in self.planes:
+            sizes = _within(plane, shape)
+            starts = [(most - size) // 2 for most, size in zip(frame, sizes, strict=True)]
+            inside = (..., *(slice(start, start + size) for start, size in zip(starts, sizes, strict=True)))
+            for number in range(shape[_ACROSS[plane]]):
+                index = tuple(number if axis == _ACROSS[plane] else slice(None) for axis in range(3))
+                found.append(Place(plane, number, (..., *index), inside))
+        return found
+
+    def strides(self, multiple: int | Sequence[int]) -> tuple[int, int, int]:
+        """What each axis of the volume is a multiple of, so that the frame's axes are multiples of `multiple`."""
+        rows, columns = (multiple, multiple) if isinstance(multiple, int) else multiple
+        asked: list[list[int]] = [[], [], []]
+        for plane in self.planes:
+            first, second = (axis for axis in range(3) if axis != _ACROSS[plane])
+            asked[first].append(rows)
+            asked[second].append(columns)
+        i, j, k = (lcm(*numbers) for numbers in asked)
+        return i, j, k
+
+
+def _within(plane: Plane, shape: Sequence[int]) -> tuple[int, int]:
+    """Sizes of a volume of `shape` along the two axes of `plane`."""
+    first, second = (shape[axis] for axis in range(3) if axis != _ACROSS[plane])
+    return first, second
+
+
 GeometryStep = Orient | Respace | CropOrPad
 IntensityStep = Window | Percentiles
-AnyStep = Annotated[GeometryStep | IntensityStep, Field(discriminator="do")]
+AnyStep = Annotated[GeometryStep | IntensityStep | Slices, Field(discriminator="do")]
+# Steps in the order in which they come; of the later kinds there is at most one each.
+_ORDER = (GeometryStep, IntensityStep, Slices)
 
 
 class Recipe(BaseModel):
     """The steps from a scan to a model's input.
 
     Args:
-        steps: geometry first, then at most one intensity step.
+        steps: geometry first, then at most one intensity step, then `Slices` where a model of images takes volumes.
         outside: physical value beyond the field of view, or 'lowest' of the scan (air, background).
 
     >>> recipe = Recipe(steps=[CropOrPad(shape=(4, 4, 4)), Window(low=0, high=7)])
@@ -127,10 +216,17 @@ class Recipe(BaseModel):
 
     @field_validator("steps")
     @classmethod
-    def _geometry_first(cls, steps: tuple[AnyStep, ...]) -> tuple[AnyStep, ...]:
-        kinds = [isinstance(step, IntensityStep) for step in steps]
-        if kinds != sorted(kinds) or sum(kinds) > 1:
-            raise ValueError("geometry steps come first, then at most one of window and percentiles")
+    def _in_order(cls, steps: tuple[AnyStep, ...]) -> tuple[AnyStep, ...]:
+        kinds = [next(n for n, kind in enumerate(_ORDER) if isinstance(step, kind)) for step in steps]
+        if kinds != sorted(kinds) or kinds.count(1) > 1 or kinds.count(2) > 1:
+            raise ValueError("geometry steps come first, then at most one of window and percentiles, then slices")
+        if kinds.count(2):
+            turned = [step.axcodes.upper() for step in steps if isinstance(step, Orient)]
+            cropped = [step.shape for step in steps if isinstance(step, CropOrPad)]
+            if not turned or turned[-1] != "RAS" or (cropped and min(cropped[-1]) < 2):
+                raise ValueError(
+                    "slices are cut from volumes that run RAS: orient them so, two voxels or more each way"
+                )
         return steps
 
     @property
@@ -138,6 +234,20 @@ class Recipe(BaseModel):
         """The voxels every scan ends up with, if a step fixes them."""
         fixed = [step.shape for step in self.steps if isinstance(step, CropOrPad)]
         return fixed[-1] if fixed else None
+
+    @property
+    def slices(self) -> Slices | None:
+        """The step that shows volumes slice by slice, where there is one."""
+        return next((step for step in self.steps if isinstance(step, Slices)), None)
+
+    @property
+    def seen(self) -> tuple[int, ...] | None:
+        """Voxels along each axis that a model sees: two for images and slices, three for volumes."""
+        if self.shape is None:
+            return None
+        if self.slices:
+            return self.slices.frame(self.shape)
+        return self.shape[:2] if self.shape[2] == 1 else self.shape
 
     def grid(self, scan: Scan) -> Grid:
         """Where the voxels of the prepared scan will be."""
@@ -215,8 +325,11 @@ __all__ = [
     "GeometryStep",
     "Orient",
     "Percentiles",
+    "Place",
+    "Plane",
     "Recipe",
     "Respace",
+    "Slices",
     "Step",
     "Window",
     "foreground",

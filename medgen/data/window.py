@@ -60,7 +60,7 @@ def what_was_cut(source: Scan, scan: Scan, recipe: Recipe) -> str:
 
     A range made of the scan's own percentiles always cuts as much, and is not spoken of.
     """
-    if not scan.scale.clip or not isinstance(recipe.steps[-1], Window):
+    if not scan.scale.clip or not any(isinstance(step, Window) for step in recipe.steps):
         return ""
     low, high = scan.scale.clip
     values, margin = source.physical(), _CLEARLY * (high - low)
