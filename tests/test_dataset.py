@@ -13,13 +13,8 @@ from pydantic import TypeAdapter, ValidationError
 from medgen import io
 from medgen.data.covariates import Covariate
 from medgen.data.dataset import (
-    Affine,
-    Augment,
     Batch,
     Draws,
-    Flip,
-    Gamma,
-    Noise,
     Prepare,
     ScanDataset,
     ScanReader,
@@ -29,6 +24,7 @@ from medgen.data.dataset import (
     model_view,
 )
 from medgen.data.manifest import Manifest, index
+from medgen.data.motion import Affine, Augment, Flip, Gamma, Noise
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Recipe, Window
 from medgen.errors import DataError
 from medgen.io.source import ReadOptions

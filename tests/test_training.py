@@ -13,8 +13,9 @@ import torch
 from pydantic import ValidationError
 from torch import nn
 
-from medgen.data.dataset import Affine, Batch, Flip, Noise, ScanDataset
+from medgen.data.dataset import Batch, ScanDataset
 from medgen.data.manifest import index
+from medgen.data.motion import Affine, Flip, Noise
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Recipe, Window
 from medgen.errors import TrainingError
 from medgen.log import reporting

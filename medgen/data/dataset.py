@@ -2,25 +2,24 @@
 
 import hashlib
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Float, Int, Shaped
 from monai.data import CacheDataset, ImageReader, PersistentDataset
-from monai.transforms import Compose, RandAdjustContrast, RandFlip, RandGaussianNoise, Transform
-from monai.utils import convert_to_tensor
-from pydantic import BaseModel, ConfigDict, Field
+from monai.transforms import Compose, Transform
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from medgen import io
 from medgen.data.covariates import Covariate
 from medgen.data.manifest import Manifest, Row
-from medgen.data.motion import RandMove
-from medgen.data.recipe import Recipe
+from medgen.data.motion import Augment, augmented
+from medgen.data.recipe import Place, Recipe, Slices, foreground_level
 from medgen.data.window import flat, prepared, what_was_cut
 from medgen.errors import DataError, MedgenError
 from medgen.grid import Grid
@@ -28,6 +27,9 @@ from medgen.io.source import ReadOptions, Skipped
 from medgen.log import note, track
 from medgen.scan import Scan
 from medgen.seeds import derived_seed
+
+# A slice with less than this part of the body that the fullest slice of its plane shows is not learned from.
+_LEAST = 0.05
 
 
 @dataclass
@@ -58,64 +60,6 @@ class Batch:
         """Its first scans alone."""
         told = {name: getattr(self, name) for name in ("x", "cond", "context", "cases", "real")}
         return replace(self, **{name: t[:count] for name, t in told.items() if t is not None})
-
-
-# -- random augmentation -------------------------------------------------------------------------
-
-
-class _Augment(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-    prob: float = Field(default=0.5, gt=0, le=1)
-
-
-class Flip(_Augment):
-    """Mirror along one axis; only where left and right may be exchanged."""
-
-    do: Literal["flip"] = "flip"
-    axis: int = Field(default=0, ge=0, le=2)
-
-    def transform(self, dims: int) -> Transform:
-        """MONAI's transform."""
-        return RandFlip(prob=self.prob, spatial_axis=self.axis)
-
-
-class Affine(_Augment):
-    """Small rotation (radians), shift (voxels) and scaling (fraction)."""
-
-    do: Literal["affine"] = "affine"
-    rotate: float = 0.05
-    shift: float = 2.0
-    scale: float = 0.05
-
-    def transform(self, dims: int) -> Transform:
-        """What MONAI's `RandAffine` does, seven times faster on small images."""
-        return RandMove(self.prob, rotate=self.rotate, shift=self.shift, scale=self.scale)
-
-
-class Noise(_Augment):
-    """White noise of at most this standard deviation."""
-
-    do: Literal["noise"] = "noise"
-    std: float = 0.02
-
-    def transform(self, dims: int) -> Transform:
-        """MONAI's transform."""
-        return RandGaussianNoise(prob=self.prob, std=self.std)
-
-
-class Gamma(_Augment):
-    """Contrast x ** gamma."""
-
-    do: Literal["gamma"] = "gamma"
-    low: float = 0.8
-    high: float = 1.25
-
-    def transform(self, dims: int) -> Transform:
-        """MONAI's transform."""
-        return RandAdjustContrast(prob=self.prob, gamma=(self.low, self.high))
-
-
-Augment = Annotated[Flip | Affine | Noise | Gamma, Field(discriminator="do")]
 
 
 # -- loading -------------------------------------------------------------------------------------
@@ -196,6 +140,9 @@ class Prepare(Transform):
         if not real.all():
             given["real"] = real_view(real)
         cells = {one.name: row[f"covariate {one.name}"] for one in self.covariates}
+        if self.recipe.slices and scan.is_planar:
+            told = "The model sees slices of volumes; this is an image. Leave it out, or train on images."
+            return {"case": row["case"], "path": row["path"], "error": told}
         return {
             "case": row["case"],
             "path": row["path"],
@@ -249,6 +196,9 @@ def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> 
 class ScanDataset(Dataset):
     """Prepared scans in memory, or in `cache` when given; unreadable ones are left out and named.
 
+    Where the recipe says slices, its items are those of the volumes, but for slices that show hardly any of the body;
+    a volume is held once, and its slices are cut when they are asked for.
+
     Args:
         manifest: which scans.
         recipe: how they become tensors.
@@ -276,7 +226,8 @@ class ScanDataset(Dataset):
         key = hashlib.sha256(decides.encode()).hexdigest()[:16]
         held = _held(rows, prepare, cache and cache / key)
         self.skipped: list[Skipped] = []
-        self._items: list[int] = []
+        # Of every item its row, and its place where the item is a slice.
+        self._items: list[tuple[int, Place | None]] = []
         warned: list[str] = []
         for n in track(range(len(rows)), "Reading scans"):
             item = held[n]
@@ -284,9 +235,9 @@ class ScanDataset(Dataset):
                 note(f"Skipped {item['case']}: {item['error']}")
                 self.skipped.append(Skipped(item["case"], item["error"]))
             else:
-                self._items.append(n)
+                self._items += [(n, place) for place in (_with_body(item, recipe.slices) if recipe.slices else [None])]
                 warned += [f"{item['case']}: {item['warning']}"] if item["warning"] else []
-        self._held = held
+        self._held, self._slices = held, recipe.slices
         if warned:
             note(f"The recipe's range does not suit {len(warned)} of {len(rows)} scans; the first is {warned[0]}.")
         if not self._items:
@@ -296,12 +247,47 @@ class ScanDataset(Dataset):
         return len(self._items)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        return self._held[self._items[index]]
+        number, place = self._items[index]
+        item = self._held[number]
+        return item if place is None or self._slices is None else _slice_of(item, place, self._slices)
+
+    def volumes(self) -> "ScanDataset":
+        """The same scans whole, whatever the recipe says of slices; nothing is read again."""
+        whole = copy(self)
+        whole._items = [(number, None) for number in dict.fromkeys(number for number, _ in self._items)]
+        return whole
 
     def batches(self, size: int) -> Iterator[Batch]:
-        """All scans once, in order."""
+        """All items once, in order."""
         for first in range(0, len(self), size):
             yield collate([self[n] for n in range(first, min(first + size, len(self)))])
+
+
+def framed(values: Shaped[Tensor, "*lead i j k"], place: Place, frame: tuple[int, int]) -> Shaped[Tensor, "*lead h w"]:
+    """One slice of a volume in the middle of a frame, zeros (False) about it."""
+    cut = values[place.index]
+    shown = cut.new_zeros(*cut.shape[:-2], *frame)
+    shown[place.inside] = cut
+    return shown
+
+
+def _slice_of(item: Mapping[str, Any], place: Place, slices: Slices) -> dict[str, Any]:
+    """One slice of a prepared volume as an item of its own."""
+    frame = slices.frame(item["x"].shape[1:])
+    given = item if "real" in item else {**item, "real": _all_real(item["x"])}
+    shown = {name: framed(given[name], place, frame) for name in ("x", "context", "real") if name in given}
+    told = {**item, **shown, "case": f"{item['case']}#{place.name}"}
+    return told if not shown["real"].all() else {name: value for name, value in told.items() if name != "real"}
+
+
+def _with_body(item: Mapping[str, Any], slices: Slices) -> list[Place]:
+    """The slices of a prepared volume that show more than hardly any of the body."""
+    x = item["x"][0].numpy()
+    real = item["real"].numpy() if "real" in item else np.ones(x.shape, dtype=bool)
+    body = real & (x > foreground_level(x[real]))
+    areas = [(place, int(body[place.index].sum())) for place in slices.places(x.shape)]
+    most = {plane: max(area for place, area in areas if place.plane == plane) for plane in slices.planes}
+    return [place for place, area in areas if area > _LEAST * most[place.plane]]
 
 
 def _content_key(row: Mapping[str, str]) -> bytes:
@@ -334,24 +320,8 @@ class Draws(Dataset):
         item = dict(self._dataset[int(order[place])])
         if self._augment:
             self._augment.set_random_state(seed=derived_seed(self._seed, 2, draw) % 2**32)
-            item |= _augmented(item, self._augment)
+            item |= augmented(item, self._augment)
         return item
-
-
-def _augmented(item: Mapping[str, Any], augment: Compose) -> dict[str, Tensor]:
-    """The scan after all steps; what lies on its voxels moves with it and keeps its values."""
-    x, channels = item["x"], len(item["x"])
-    beside = {name: item[name].reshape(-1, *x.shape[1:]) for name in ("context", "real") if name in item}
-    for step in augment.transforms:
-        if isinstance(step, RandMove | RandFlip):
-            moved = step(torch.cat([x, *(values.float() for values in beside.values())]))
-            # Out comes MONAI's tensor with metadata, which nothing here needs and every later operation would copy.
-            moved = convert_to_tensor(moved, dtype=torch.float32, track_meta=False)
-            x, *parts = moved.split([channels, *map(len, beside.values())])
-            beside = {name: part > 0.5 for name, part in zip(beside, parts, strict=True)}
-        else:
-            x = convert_to_tensor(step(x), dtype=torch.float32, track_meta=False)
-    return {"x": x} | {name: values.reshape(item[name].shape).to(item[name]) for name, values in beside.items()}
 
 
 def loader(draws: Draws, which: range, batch_size: int, *, workers: int = 0) -> DataLoader:
@@ -386,6 +356,6 @@ def _all_real(x: Float[Tensor, "c *space"]) -> Bool[Tensor, "*space"]:
 
 
 __all__ = [
-    "Affine", "Augment", "Batch", "Draws", "Flip", "Gamma", "Noise", "Prepare", "Row", "ScanDataset",
-    "ScanReader", "collate", "condition", "loader", "mask_view", "model_view", "real_view",
+    "Batch", "Draws", "Prepare", "Row", "ScanDataset", "ScanReader", "collate", "condition", "framed", "loader",
+    "mask_view", "model_view", "real_view",
 ]  # fmt: skip

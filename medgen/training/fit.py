@@ -14,7 +14,8 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
-from medgen.data.dataset import Augment, Batch, Draws, ScanDataset, collate, loader
+from medgen.data.dataset import Batch, Draws, ScanDataset, collate, loader
+from medgen.data.motion import Augment
 from medgen.errors import TrainingError
 from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
