@@ -217,10 +217,10 @@ def test_who_tells_no_age_is_not_judged_by_it():
     assert known.remainder(1.0, {"age": "30"}) is None
     assert known.remainder(1.0, {"age": "n/a", "sex": "F"}) is None
     assert known.remainder(1.0, {"AGE_years": "30", "Gender": "female"}) is not None
-    assert known.is_beyond({"age": "3", "sex": "F"})
-    assert not known.is_beyond({"age": "50", "sex": "M"})
-    assert not known.is_beyond({})
-    assert not any(known.is_beyond(one) for one in people)
+    assert "rests on extrapolation" in known.limits({"age": "3", "sex": "F"})[0]
+    assert known.limits({"age": "50", "sex": "M"}) == ()
+    assert "no age and sex told" in known.limits({"age": "50"})[0]
+    assert not any(known.limits(one) for one in people)
     far = [known.remainder(1.0, {"age": age, "sex": "F"}) for age in ("190", "900")]
     assert far[0] == far[1]
 

@@ -125,11 +125,13 @@ def score(
             continue
         p = "" if scan.p is None else f"  p = {scan.p:.3f}"
         mark = "  UNUSUAL" if scan.flagged else ""
+        mark += f"  {scan.mask_mm3 / 1000:.3g} mL marked" if scan.mask_mm3 else ""
         lines.append(f"  {scan.case}: score {scan.score:.4f}{p}{mark}" + "".join(f"  ({w})" for w in scan.warnings))
     lines += [f"  ... {len(done.scans) - 20} more in scores.csv"] if len(done.scans) > 20 else []
     lines = [f"Scored {len(done.scans) - done.failed} of {len(done.scans)} scans, most unusual first:", *lines]
     lines += [
-        f"Wrote scores.csv{', maps and pictures' if maps else ''} to {done.folder}.",
+        f"Wrote scores.csv{', findings, maps and pictures' if maps else ''} to {done.folder}"
+        f"{'; look at worklist.png' if (done.folder / 'worklist.png').is_file() else ''}.",
         "Research use only, not a medical device.",
     ]
     facts = {"folder": done.folder, "failed": done.failed, "notes": done.notes}

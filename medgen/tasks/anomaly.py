@@ -4,12 +4,8 @@ The p-value places a scan's score among those of held-out healthy scans; the map
 standard deviations it lies from the healthy mean at each place (see `medgen.tasks.detector`).
 """
 
-import csv
-import json
-from dataclasses import asdict, dataclass, field, replace
-from hashlib import sha256
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -27,48 +23,35 @@ from medgen.log import note, track
 from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
+from medgen.tasks.cohort import Group, groups, unlike, write_groups
 from medgen.tasks.conditions import conditions_for, told_of
-from medgen.tasks.detector import Detector, makes_maps
+from medgen.tasks.detector import Detector
+from medgen.tasks.findings import Finding, findings
 from medgen.tasks.intake import taken_in
+from medgen.tasks.norms import Norms
+from medgen.tasks.worklist import Scored, file_name, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
 
 
 @dataclass(frozen=True)
-class Scored:
-    """What is said about one scan.
+class Scores:
+    """All scans of a run, most suspicious first, and where the files are.
 
     Args:
-        case: its name.
-        score: how far the scan is from its healthy twin, or how surprising it is: nats a voxel.
-        unusual: distance of the score from the healthy scores' middle, in their spreads, either side.
-        p: two-sided conformal p-value among held-out healthy scans; None with no calibration.
-        flagged: p is at most the false-alarm rate asked for; None where it cannot be.
-        z_max: highest value of the anomaly map.
-        mask_mm3: volume above the calibrated threshold; None where there is none.
-        warnings: what is unusual about the file itself.
-        error: why it was not scored.
+        scans: what is said about each.
+        folder: where the files are.
+        rate: false-alarm rate of the flags.
+        calibration_scans: held-out healthy scans that p-values are counted among.
+        notes: what limits all that is said, in sentences.
+        groups: counts by class, domain and covariates, where the scans differ in them.
     """
-
-    case: str
-    score: float | None = None
-    unusual: float | None = None
-    p: float | None = None
-    flagged: bool | None = None
-    z_max: float | None = None
-    mask_mm3: float | None = None
-    warnings: tuple[str, ...] = ()
-    error: str = ""
-
-
-@dataclass(frozen=True)
-class Scores:
-    """All scans of a run, most suspicious first, and where the files are."""
 
     scans: tuple[Scored, ...]
     folder: Path
     rate: float
     calibration_scans: int
-    notes: tuple[str, ...] = field(default_factory=tuple)
+    notes: tuple[str, ...] = ()
+    groups: tuple[Group, ...] = ()
 
     @property
     def failed(self) -> int:
@@ -89,9 +72,11 @@ def score(
 ) -> Scores:
     """Score every scan of a file or folder against a bundle, and write scores, maps, masks and pictures.
 
-    `out` gets `scores.csv` and `scores.json` (most suspicious first), and per scan
-    `maps/CASE_map.nii.gz` (healthy standard deviations from the healthy mean, on the scan's own grid,
-    NaN where nothing was scored), `maps/CASE_mask.nii.gz` (where the calibration allows one) and
+    `out` gets `scores.csv` and `scores.json` (most suspicious first), `findings.csv` (what stands out in the maps),
+    `worklist.png` (the most suspicious scans), `groups.csv` (counts by class, site, age, ..., where the scans differ in
+    them), and per scan `maps/CASE_map.nii.gz` (healthy standard deviations from
+    the healthy mean, on the scan's own grid, NaN where nothing was scored), `maps/CASE_scored.nii.gz` (1 where
+    something was, written where something was not), `maps/CASE_mask.nii.gz` (where the calibration allows one) and
     `pictures/CASE.png`.
 
     Args:
@@ -111,13 +96,14 @@ def score(
         bundle = Bundle.load(bundle)
     detector = Detector.of(bundle)
     target = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
-    bundle.model.to(target)
-    notes = _limits(bundle, rate, maps)
+    for model in bundle.models.values():
+        model.to(target)
+    notes = _limits(bundle, detector, rate, maps)
     for sentence in notes:
         note(sentence)
     settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "rate": rate, "maps": maps}
     work = Workspace(out, settings, force=force)
-    run = _Run(bundle, detector, work.folder, rate, maps, options)
+    run = _Run(bundle, detector, Norms.of(bundle.calibration), work.folder, rate, maps, options)
     with io.opened(scans) as place:
         manifest = index(place, options)
         work.record()
@@ -128,22 +114,26 @@ def score(
                 if scored.error:
                     note(f"Skipped {row.case}: {scored.error}")
                 work.record(row.case, asdict(scored))
-    found = [_from_journal(work.done[row.case]) for row in manifest.rows]
-    ordered = sorted(found, key=lambda s: (bool(s.error), 2.0 if s.p is None else s.p, -(s.unusual or 0), s.case))
-    result = Scores(tuple(ordered), Path(out), rate, int(bundle.calibration.get("scans", 0)), tuple(notes))
+    ordered = suspicious_first(Scored.of(work.done[row.case]) for row in manifest.rows)
+    normals = len(detector.scores)
+    for sentence in unlike(np.asarray([scan.p for scan in ordered if scan.p is not None]), normals, rate):
+        notes.append(sentence)
+        note(sentence)
+    told = groups(ordered, manifest.rows, normals, rate)
+    result = Scores(ordered, Path(out), rate, normals, tuple(notes), told)
     if result.failed == len(result.scans):
         work.discard()
         raise DataError(f"None of the {len(result.scans)} scans could be scored; the first: {ordered[0].error}")
     with work.writing():
-        _write_tables(result, work.folder)
+        _write(result, work.folder)
     work.finish({"command": "score", "settings": settings, "notes": notes, "failed": result.failed})
     return result
 
 
-def _limits(bundle: Bundle, rate: float, maps: bool) -> list[str]:
-    count = int(bundle.calibration.get("scans", 0))
+def _limits(bundle: Bundle, detector: Detector, rate: float, maps: bool) -> list[str]:
+    count = len(detector.scores)
     told = []
-    if maps and not makes_maps(bundle.model):
+    if maps and not detector.makes_maps:
         told.append(f"{bundle.name} says how unusual a scan is, not where: there are no maps.")
     if count < 2:
         told.append("The bundle was calibrated on no healthy scan: scores have no p-value and maps are not drawn.")
@@ -162,6 +152,7 @@ class _Run:
 
     bundle: Bundle
     detector: Detector
+    norms: Norms | None
     folder: Path
     rate: float
     maps: bool
@@ -173,11 +164,14 @@ class _Run:
             found = taken_in(self.bundle, manifest.locate(row.path), self.options)
             source, ready = found.source, found.ready
             score, z = self._detected(ready, found.real, row, manifest)
-            scored = self._placed(row.case, score, found.warnings)
-            if z is None:
+            if not np.isfinite(score):
+                raise DataError("The model has no finite score for this scan: look at it, it may be of another kind.")
+            scored = self._placed(row, score, found.warnings)
+            if z is None or not np.isfinite(z).any():
                 return scored
-            scored = replace(scored, z_max=round(float(np.nanmax(z)), 3))
-            return self._written(source, ready, z, scored) if self.maps else scored
+            z_map = z.reshape(ready.grid.shape)
+            scored = replace(scored, z_max=round(float(np.nanmax(z_map)), 3), findings=self._listed(z_map, ready))
+            return self._written(source, ready, z_map, scored) if self.maps else scored
         except OutputError:
             raise  # the disk is to blame, not the scan
         except MedgenError as error:
@@ -187,45 +181,59 @@ class _Run:
         self, ready: Scan, real: Bool[np.ndarray, "i j k"], row: Row, manifest: Manifest
     ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
         """Score and z-map, with whatever the model is told besides the scan."""
-        model = self.detector.model
-        told = told_of(model.config)
+        config = self.bundle.model.config
+        told = told_of(config)
         given: dict[str, Tensor | None] = {}
         if told["covariates"]:
-            given["cond"] = conditions_for(model.config, [row.label], [row.covariates])
+            given["cond"] = conditions_for(config, [row.label], [row.covariates])
         if told["context"]:
             given["context"] = mask_view(row.mask and manifest.locate(row.mask), ready.grid, self.options)[None]
         if not real.all():
             given["real"] = real_view(real)[None]
         return self.detector(model_view(ready)[None], **given)
 
-    def _placed(self, case: str, score: float, warnings: tuple[str, ...]) -> Scored:
-        """The score among those of healthy scans."""
-        known = self.detector.scores
+    def _placed(self, row: Row, score: float, warnings: tuple[str, ...]) -> Scored:
+        """The score among those of healthy scans, of the scan's age and sex where they are known."""
+        known, mine = self.detector.scores, score
+        if self.norms is not None:
+            left = self.norms.remainder(score, row.covariates)
+            if left is not None:
+                known, mine = self.norms.residuals, left
+            warnings = (*warnings, *self.norms.limits(row.covariates))
         if len(known) < 2:
-            return Scored(case, score=score, warnings=warnings)
-        p = p_value(known, score)
+            return Scored(row.case, score=score, warnings=warnings)
+        two_sided = self.detector.two_sided
+        p, unusual = p_value(known, mine, two_sided=two_sided), folded(known, mine, two_sided=two_sided)[1]
         flagged = bool(p <= self.rate + 1e-12) if len(known) >= normals_needed(self.rate) else None
-        return Scored(case, score, folded(known, score)[1], p, flagged, warnings=warnings)
+        return Scored(row.case, score, unusual, p, flagged, warnings=warnings)
 
-    def _written(self, source: Scan, prepared: Scan, z: Float[np.ndarray, "*space"], scored: Scored) -> Scored:
-        """Put map, mask and picture on the source's grid."""
+    def _listed(self, z_map: Float[np.ndarray, "i j k"], ready: Scan) -> tuple[Finding, ...] | None:
+        """What stands out in the map; None where no clusters of healthy scans are known."""
+        known = self.detector.normals
+        return None if known is None or not len(known.largest) else findings(z_map, ready.grid, known, self.rate)
+
+    def _written(self, source: Scan, ready: Scan, z_map: Float[np.ndarray, "i j k"], scored: Scored) -> Scored:
+        """Put map, masks and picture on the source's grid."""
         told = source.header
         header = Header(modality=told.modality, space=told.space, synthetic=told.synthetic)
-        on_model = Scan(z.reshape(1, *prepared.grid.shape), prepared.grid, Scale(unit="z"), header)
+        on_model = Scan(z_map[None], ready.grid, Scale(unit="z"), header)
         on_source = on_model.onto(source.grid, outside=float("nan"))
         for name in ("maps", "pictures"):
             (self.folder / name).mkdir(parents=True, exist_ok=True)
-        name = file_name(scored.case)
-        if name != scored.case:
-            # Other names may have become the same.
-            name += f"-{sha256(scored.case.encode()).hexdigest()[:6]}"
+        name, z = own_name(scored.case), on_source.voxels
+
+        def write_mask(kind: str, where: Bool[np.ndarray, "1 i j k"]) -> None:
+            mask = Scan(where.astype(np.uint8), source.grid, Scale(), header, is_label=True)
+            io.write(mask, self.folder / "maps" / f"{name}_{kind}.nii.gz")
+
         io.write(on_source, self.folder / "maps" / f"{name}_map.nii.gz")
+        if not np.isfinite(z).all():
+            write_mask("scored", np.isfinite(z))
         known = self.detector.normals
         threshold = None if known is None else mask_threshold(known.maxima, self.rate)
         if threshold is not None:
-            marked = np.nan_to_num(on_source.voxels, nan=-np.inf) > threshold
-            mask = Scan(marked.astype(np.uint8), source.grid, Scale(), header, is_label=True)
-            io.write(mask, self.folder / "maps" / f"{name}_mask.nii.gz")
+            marked = np.nan_to_num(z, nan=-np.inf) > threshold
+            write_mask("mask", marked)
             scored = replace(scored, mask_mm3=round(float(marked.sum()) * source.grid.voxel_volume, 3))
         said = "no p-value" if scored.p is None else f"p = {scored.p:.3f}"
         title = f"{scored.case}: score {scored.score:.4g}, {said}, highest z {scored.z_max:.1f}"
@@ -233,34 +241,20 @@ class _Run:
         return scored
 
 
-def file_name(case: str) -> str:
-    """A case name that is safe as a file name on every system."""
-    return "".join(c if c.isalnum() or c in "-_." else "_" for c in case).strip(".")[:150] or "scan"
-
-
-def _from_journal(values: dict[str, Any]) -> Scored:
-    return Scored(**{**values, "warnings": tuple(values["warnings"])})
-
-
-def _write_tables(result: Scores, folder: Path) -> None:
-    columns = list(asdict(result.scans[0]))
-    with (folder / "scores.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for scan in result.scans:
-            writer.writerow({k: "; ".join(v) if k == "warnings" else _cell(v) for k, v in asdict(scan).items()})
+def _write(result: Scores, folder: Path) -> None:
+    """Tables and the picture of the most suspicious."""
     stated = {
         "research_use_only": "Research use only, not a medical device.",
         "rate": result.rate,
         "calibration_scans": result.calibration_scans,
         "notes": result.notes,
-        "scans": [asdict(scan) for scan in result.scans],
+        "groups": [asdict(group) for group in result.groups],
     }
-    (folder / "scores.json").write_text(json.dumps(stated, indent=1) + "\n", encoding="utf-8")
-
-
-def _cell(value: Any) -> Any:
-    return f"{value:.6g}" if isinstance(value, float) else "" if value is None else value
+    if result.groups:
+        write_groups(result.groups, folder / "groups.csv")
+    write_scores(result.scans, stated, result.rate, folder)
+    if (folder / "pictures").is_dir():
+        write_pictures(result.scans, folder, title=f"Most suspicious of {len(result.scans)} scans first")
 
 
 __all__ = ["Scored", "Scores", "file_name", "score"]

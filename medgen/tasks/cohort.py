@@ -69,8 +69,8 @@ def unlike(ps: Float[np.ndarray, " m"], normals: int, rate: float) -> list[str]:
         if count > high:
             told.append(
                 f"{found} at most {high} would. Either many of these scans are ill, or they come from another scanner, "
-                "protocol or population than the calibration scans; then their p-values, flags and masks do not hold. "
-                "Score scans from the same source that are known to be healthy to tell which, and train on such scans."
+                "protocol or population than the calibration scans, or the model was trained on them; then their "
+                "p-values, flags and masks do not hold. Score healthy scans from the same source to tell which."
             )
         elif count < low:
             told.append(

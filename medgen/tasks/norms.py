@@ -48,10 +48,14 @@ class Norms:
         row = self._row(cells)
         return None if row is None else float((score - row @ self.weights) / np.sqrt(1 + row @ self.inverse @ row))
 
-    def is_beyond(self, cells: Mapping[str, str]) -> bool:
-        """Whether somebody's age and sex are farther from the usual than any calibration scan's."""
-        row = self._row(cells)
-        return row is not None and bool(row @ self.inverse @ row > 1.0001 * self.reach)
+    def limits(self, cells: Mapping[str, str]) -> tuple[str, ...]:
+        """What has to be said of a scan of somebody whose age and sex are these."""
+        row, named = self._row(cells), " and ".join(self.uses)
+        if row is None:
+            return (f"no {named} told: compared with healthy scans of any {named}",)
+        # Rounding must not put a calibration scan beyond itself.
+        beyond = row @ self.inverse @ row > 1.0001 * self.reach
+        return (f"no calibration scan is of such {named}: its p-value rests on extrapolation",) if beyond else ()
 
     def _row(self, cells: Mapping[str, str]) -> Float[np.ndarray, " k"] | None:
         told = {"age": _age(cells), "sex": _sex(cells)}
