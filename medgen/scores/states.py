@@ -105,13 +105,11 @@ class DensityOfStates(Score):
             places = part(known, f"{number}.map")
             if found.map is not None and places:
                 z = place_z(found.map[:, None], places, (own >= 0).to(found.map.device))[:, 0]
-                maps.append(z.abs() if member.two_sided else z)
+                maps.append((z.abs() if member.two_sided else z).to(batch.x.device))
         values = self.together(torch.cat(columns, 1), known["rows"].cpu().double())
         values = torch.where(own >= 0, known["left_out"].cpu().double()[own], values)
         shown = torch.stack(maps).mean(0) if maps else None
-        if shown is not None:
-            shown = hidden(shown, None if batch.real is None else batch.real.to(shown.device))
-        return Found(values[:, None].to(batch.x), shown)
+        return Found(values[:, None].to(batch.x), None if shown is None else hidden(shown, batch.real))
 
     def together(self, columns: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> Float[Tensor, " b"]:
         """How unusual rows of columns are among healthy rows."""

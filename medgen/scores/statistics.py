@@ -9,6 +9,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import ClassVar, Literal, get_args
 
+import numpy as np
 import torch
 from jaxtyping import Bool, Float
 from PIL import Image
@@ -165,11 +166,11 @@ def _band(name: str) -> Callable[[Tensor, Tensor | None], Tensor]:
 def _png_bytes(x: Tensor, real: Tensor | None) -> Tensor:
     """Of grey images; a volume's slices along its last axis and the channels add up."""
     whole = (x.clamp(0, 1) * 255).round().to(torch.uint8)
-    slices = whole.flatten(1, 1) if x.ndim == 4 else whole.movedim(-1, 2).flatten(1, 2)
+    slices = whole if x.ndim == 4 else whole.movedim(-1, 2).flatten(1, 2)
     return x.new_tensor([sum(_coded(plane) for plane in scan.cpu().numpy()) for scan in slices])
 
 
-def _coded(plane) -> int:
+def _coded(plane: np.ndarray) -> int:
     held = BytesIO()
     Image.fromarray(plane).save(held, "PNG", optimize=True)
     return held.tell()
