@@ -23,6 +23,7 @@ from medgen.tasks.calibration import (
     p_value,
     tail_mean,
 )
+from medgen.tasks.norms import Norms
 
 # -- p-values --------------------------------------------------------------------------------------------
 
@@ -333,6 +334,23 @@ def test_fewer_than_three_maps_leave_the_scores_alone():
         assert tensors == {}
         assert from_bundle(numbers, tensors)[1] is None
     assert from_bundle({}, {})[0].size == 0
+
+
+def test_without_scores_the_tail_of_the_map_is_the_score():
+    residuals = maps(20, (9, 9))
+    numbers, _ = learned_from(np.empty(0), residuals)
+    assert numbers["scores"] == numbers["tails"] == normals(residuals).tails.tolist()
+    assert numbers["scans"] == 20
+    assert "norms" not in numbers
+
+
+def test_what_is_known_of_people_goes_into_the_bundle_as_norms():
+    ages = np.linspace(20, 80, 30)
+    people = [{"age": str(age)} for age in ages]
+    numbers, _ = learned_from(ages / 10, people=people)
+    known = Norms.of(json.loads(json.dumps(numbers)))
+    assert known.remainder(8.0, {"age": "25"}) > known.residuals.max()
+    assert "norms" not in learned_from(ages / 10, people=people[:5])[0]
 
 
 def test_a_calibration_with_holes_is_refused():

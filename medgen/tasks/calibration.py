@@ -1,6 +1,6 @@
 """Numbers that mean something, from held-out healthy scans alone."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from medgen.errors import BundleError, DataError
+from medgen.tasks.norms import norms
 
 # -- one number a scan -----------------------------------------------------------------------------------
 
@@ -202,31 +203,39 @@ def _mean_and_sd(
 
 
 def learned_from(
-    scores: Float[np.ndarray, " n"], maps: Float[np.ndarray, "m *space"] | None = None, *, two_sided: bool = False
+    scores: Float[np.ndarray, " n"],
+    maps: Float[np.ndarray, "m *space"] | None = None,
+    *,
+    two_sided: bool = False,
+    people: Sequence[Mapping[str, str]] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What held-out healthy scans say, as plain numbers and tensors for a bundle; `from_bundle` reads it.
 
     Args:
-        scores: of the healthy scans.
+        scores: of the healthy scans; empty where the tail of the z-map is the score.
         maps: their residual maps, or those of the first m; None where there are none.
         two_sided: whether low residuals are as unusual as high ones (of the score that makes the maps).
+        people: what else is known of each scan, such as age and sex: `Norms.of` reads what they do to the score.
 
     Raises:
         DataError: a score is not finite.
     """
-    if not np.isfinite(scores).all():
-        bad = int(np.count_nonzero(~np.isfinite(scores)))
+    if bad := int(np.count_nonzero(~np.isfinite(scores))):
         raise DataError(
             f"{bad} of the {len(scores)} healthy scans held out for calibration have no finite score. Train longer, or "
             "take those scans out."
         )
-    numbers: dict[str, Any] = {"scores": np.asarray(scores, float).tolist(), "scans": len(scores)}
-    if maps is None or np.isfinite(maps).sum(0).max(initial=0) < _FEWEST:
-        return numbers, {}
-    learnt = normals(maps, two_sided=two_sided)
-    numbers |= {name: getattr(learnt, name).tolist() for name in ("maxima", "tails", "largest")}
-    numbers |= {"forming": learnt.forming, "map_two_sided": two_sided}
-    return numbers, {"mean": torch.from_numpy(learnt.mean), "sd": torch.from_numpy(learnt.sd)}
+    numbers: dict[str, Any] = {}
+    tensors: dict[str, Tensor] = {}
+    if maps is not None and np.isfinite(maps).sum(0).max(initial=0) >= _FEWEST:
+        learnt = normals(maps, two_sided=two_sided)
+        scores = scores if len(scores) else learnt.tails
+        numbers |= {name: getattr(learnt, name).tolist() for name in ("maxima", "tails", "largest")}
+        numbers |= {"forming": learnt.forming, "map_two_sided": two_sided}
+        tensors = {"mean": torch.from_numpy(learnt.mean), "sd": torch.from_numpy(learnt.sd)}
+    numbers |= {"scores": np.asarray(scores, float).tolist(), "scans": len(scores)}
+    known = norms(scores, people[: len(scores)]) if len(people) >= len(scores) else None
+    return numbers if known is None else {**numbers, "norms": known.plain()}, tensors
 
 
 def from_bundle(
