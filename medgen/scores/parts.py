@@ -27,6 +27,9 @@ _WINDOW = 5
 _LEAST = 1e-12
 
 
+Statistic = Literal["variance", "kurtosis", "correlation"]
+
+
 class TellsParts(Protocol):
     """Says what its log density, or bound, is the sum of; gradients pass through it."""
 
@@ -96,7 +99,7 @@ class Scales(_PartsScore):
 class Whiteness(_PartsScore):
     """Statistics of the noise that a flow turns a scan into, level by level; both ends are unusual.
 
-        mean, log variance, excess kurtosis, and correlation of neighbours along each axis
+        log variance, excess kurtosis, and correlation of neighbours along each axis
 
     A flow's noise is white for scans like the training ones. What is smoother than they are has too little variance on
     fine levels, what is out of place is correlated (compare Kirichenko et al. 2020, "Why normalizing flows fail to
@@ -104,17 +107,19 @@ class Whiteness(_PartsScore):
 
     Args:
         do: 'whiteness'.
+        keep: which statistics. With all parts of the density (`Scales`), the variance says little more.
     """
 
     method: ClassVar[str] = "noise_maps"
     families: ClassVar[str] = "flow, pyramidflow"
 
     do: Literal["whiteness"] = "whiteness"
+    keep: tuple[Statistic, ...] = Field(default=("variance", "kurtosis", "correlation"), min_length=1)
 
     def columns(self, models: Models) -> tuple[str, ...]:
         """Level and statistic."""
         model = models[self.of]
-        levels = [_whiteness(noise) for noise in _noises(model, _nothing(model))]
+        levels = [_whiteness(noise, self.keep) for noise in _noises(model, _nothing(model))]
         return tuple(f"level {number}: {name}" for number, level in enumerate(levels) for name in level)
 
     @torch.no_grad()
@@ -123,7 +128,8 @@ class Whiteness(_PartsScore):
         model = models[self.of]
 
         def found(told: Batch) -> Found:
-            return Found(torch.stack([one for z in _noises(model, told) for one in _whiteness(z).values()], 1))
+            levels = [_whiteness(noise, self.keep) for noise in _noises(model, told)]
+            return Found(torch.stack([one for level in levels for one in level.values()], 1))
 
         return _likeliest(model, batch, found)
 
@@ -200,19 +206,20 @@ def _slope(model: Model, batch: Batch) -> Float[Tensor, "b c *space"]:
     return torch.autograd.grad(total, x)[0]
 
 
-def _whiteness(noise: Float[Tensor, "b c *positions"]) -> dict[str, Float[Tensor, " b"]]:
+def _whiteness(noise: Float[Tensor, "b c *positions"], keep: tuple[Statistic, ...]) -> dict[str, Float[Tensor, " b"]]:
     """What would be 0 of white noise, over all channels and positions."""
-    rows = noise.flatten(1)
-    mean = rows.mean(1)
-    away = rows - mean[:, None]
-    variance = away.square().mean(1).clamp(min=_LEAST)
-    found = {"mean": mean, "log variance": variance.log()}
-    found["kurtosis"] = (away / variance.sqrt()[:, None]).pow(4).mean(1) - 3
-    centred = noise - mean.reshape(-1, *[1] * (noise.ndim - 1))
+    away = noise - noise.flatten(1).mean(1).reshape(-1, *[1] * (noise.ndim - 1))
+    rows = away.flatten(1)
+    variance = rows.square().mean(1).clamp(min=_LEAST)
+    found: dict[str, Tensor] = {}
+    if "variance" in keep:
+        found["log variance"] = variance.log()
+    if "kurtosis" in keep:
+        found["kurtosis"] = rows.pow(4).mean(1) / variance.square() - 3
     for axis, name in enumerate("ijk"[: noise.ndim - 2], 2):
-        if noise.shape[axis] > 1:
-            products = centred.narrow(axis, 1, noise.shape[axis] - 1) * centred.narrow(axis, 0, noise.shape[axis] - 1)
-            found[f"correlation along {name}"] = products.flatten(1).mean(1) / variance
+        if "correlation" in keep and noise.shape[axis] > 1:
+            pairs = away.narrow(axis, 1, noise.shape[axis] - 1) * away.narrow(axis, 0, noise.shape[axis] - 1)
+            found[f"correlation along {name}"] = pairs.flatten(1).mean(1) / variance
     return found
 
 
@@ -246,4 +253,4 @@ def _nothing(model: Model) -> Batch:
     )
 
 
-__all__ = ["Gradient", "Scales", "TellsNoise", "TellsParts", "Whiteness"]
+__all__ = ["Gradient", "Scales", "Statistic", "TellsNoise", "TellsParts", "Whiteness"]
