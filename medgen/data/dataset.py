@@ -235,7 +235,7 @@ class ScanDataset(Dataset):
                 note(f"Skipped {item['case']}: {item['error']}")
                 self.skipped.append(Skipped(item["case"], item["error"]))
             else:
-                self._items += [(n, place) for place in (_with_body(item, recipe.slices) if recipe.slices else [None])]
+                self._items += [(n, place) for place in _learned_from(item, recipe.slices)]
                 warned += [f"{item['case']}: {item['warning']}"] if item["warning"] else []
         self._held, self._slices = held, recipe.slices
         if warned:
@@ -280,14 +280,21 @@ def _slice_of(item: Mapping[str, Any], place: Place, slices: Slices) -> dict[str
     return told if not shown["real"].all() else {name: value for name, value in told.items() if name != "real"}
 
 
-def _with_body(item: Mapping[str, Any], slices: Slices) -> list[Place]:
-    """The slices of a prepared volume that show more than hardly any of the body."""
-    x = item["x"][0].numpy()
-    real = item["real"].numpy() if "real" in item else np.ones(x.shape, dtype=bool)
-    body = real & (x > foreground_level(x[real]))
-    areas = [(place, int(body[place.index].sum())) for place in slices.places(x.shape)]
-    most = {plane: max(area for place, area in areas if place.plane == plane) for plane in slices.planes}
-    return [place for place, area in areas if area > _LEAST * most[place.plane]]
+def shows_body(
+    x: Float[Tensor, "c i j k"], real: Bool[Tensor, "i j k"] | None, slices: Slices
+) -> Bool[np.ndarray, " slices"]:
+    """Which slices of a prepared volume show more than hardly any of the body, in the order of their places."""
+    values = x[0].cpu().numpy()
+    inside = np.ones(values.shape, dtype=bool) if real is None else real.cpu().numpy()
+    return slices.shares(inside & (values > foreground_level(values[inside]))) > _LEAST
+
+
+def _learned_from(item: Mapping[str, Any], slices: Slices | None) -> list[Place | None]:
+    """The places of an item that are items of their own; None is the whole."""
+    if slices is None:
+        return [None]
+    shown = shows_body(item["x"], item.get("real"), slices)
+    return [place for place, body in zip(slices.places(item["x"].shape[1:]), shown, strict=True) if body]
 
 
 def _content_key(row: Mapping[str, str]) -> bytes:
@@ -357,5 +364,5 @@ def _all_real(x: Float[Tensor, "c *space"]) -> Bool[Tensor, "*space"]:
 
 __all__ = [
     "Batch", "Draws", "Prepare", "Row", "ScanDataset", "ScanReader", "collate", "condition", "framed", "loader",
-    "mask_view", "model_view", "real_view",
+    "mask_view", "model_view", "real_view", "shows_body",
 ]  # fmt: skip

@@ -172,6 +172,14 @@ class Slices(Step):
                 found.append(Place(plane, number, (..., *index), inside))
         return found
 
+    def shares(self, mask: Bool[np.ndarray, "i j k"]) -> Float[np.ndarray, " slices"]:
+        """How much of a mask each slice shows, as a part of what the fullest of its plane shows; 0 of an empty mask."""
+        found = []
+        for plane in self.planes:
+            areas = mask.sum(axis=tuple(axis for axis in range(3) if axis != _ACROSS[plane]))
+            found.append(areas / max(1, areas.max()))
+        return np.concatenate(found)
+
     def strides(self, multiple: int | Sequence[int]) -> tuple[int, int, int]:
         """What each axis of the volume is a multiple of, so that the frame's axes are multiples of `multiple`."""
         rows, columns = (multiple, multiple) if isinstance(multiple, int) else multiple
