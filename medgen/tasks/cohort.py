@@ -36,7 +36,7 @@ def count_interval(scans: int, normals: int, rate: float, *, chance: float = 0.0
         chance: left out at each end.
 
     >>> count_interval(100, 19, 0.05)
-    (0, 17)
+    (0, 19)
     """
     from scipy.stats import betabinom
 
