@@ -15,12 +15,13 @@ from medgen.data.dataset import Batch, ScanDataset, collate, framed
 from medgen.data.fingerprint import auto_recipe, fingerprint
 from medgen.data.manifest import index
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Plane, Recipe, Slices, Window
-from medgen.errors import ConfigError, DataError
+from medgen.errors import CapabilityError, ConfigError, DataError
 from medgen.grid import Grid
 from medgen.models import build, config_of
 from medgen.models.abilities import Reconstructs
 from medgen.scan import Scan
 from medgen.scores.base import Found
+from medgen.tasks.intake import require_whole
 from medgen.tasks.slicewise import in_slices, slicewise
 
 PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
@@ -241,6 +242,12 @@ def test_a_marked_voxel_lands_in_its_place_in_the_map(planes, axcodes):
     at = np.unravel_index(np.nan_to_num(on_source.voxels[0], nan=-1).argmax(), source.grid.shape)
     assert np.allclose(source.grid.world([int(n) for n in at]), xyz, atol=1e-9)
     assert on_source.voxels[0][at] == pytest.approx(1)
+
+
+def test_what_makes_volumes_refuses_a_model_that_sees_slices():
+    with pytest.raises(CapabilityError, match="sees volumes slice by slice"):
+        require_whole(recipe(PLANES), "vae", "augment")
+    require_whole(Recipe(steps=(Orient(),)), "vae", "augment")
 
 
 @EACH

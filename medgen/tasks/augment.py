@@ -31,7 +31,7 @@ from medgen.seeds import derived_seed
 from medgen.tasks.anomaly import file_name
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.intake import require_training_scans
+from medgen.tasks.intake import require_training_scans, require_whole
 from medgen.tasks.learn import learn
 from medgen.tasks.plan import Choices, Plan, plan_training
 from medgen.tasks.workspace import Workspace
@@ -112,6 +112,7 @@ def augment(
     with io.opened(data) as place:
         given = None if bundle is None else Bundle.load(bundle)
         plan = plan_training(place, choices, options)
+        require_whole(given.recipe if given else plan.recipe, given.name if given else plan.preset, "augment")
         if given:
             _require_sampling(given)
             # Copies are told by the splits of training, whatever this run's seed would make of the folder.

@@ -31,7 +31,7 @@ from medgen.prob.priors import principal_components
 from medgen.report.scatter import scatter
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for
-from medgen.tasks.intake import Intake, taken_in
+from medgen.tasks.intake import Intake, require_whole, taken_in
 from medgen.tasks.workspace import Workspace
 
 # More columns than this nobody reads in a table.
@@ -106,7 +106,7 @@ class Coder:
         device: 'auto', 'cpu', 'cuda', 'mps'.
 
     Raises:
-        CapabilityError: the model lacks one of the abilities, or is given an image with every scan.
+        CapabilityError: the model lacks one of the abilities, sees slices, or is given an image with every scan.
     """
 
     def __init__(self, bundle: Bundle, needs: Sequence[Ability], what: str, device: str) -> None:
@@ -116,6 +116,7 @@ class Coder:
                 raise CapabilityError(
                     f"{bundle.name} cannot {what}: it does not {doing}. Models that do: {families_that(ability)}."
                 )
+        require_whole(bundle.recipe, bundle.name, what)
         if getattr(bundle.model.config, "context", 0):
             raise CapabilityError(
                 f"{bundle.name} cannot {what}: it is given an image with every scan, without which a code says "

@@ -11,8 +11,9 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import model_view
 from medgen.data.manifest import Manifest, index
+from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared, real_voxels, what_was_cut
-from medgen.errors import BundleError, PrivacyError
+from medgen.errors import BundleError, CapabilityError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.scan import Scan
@@ -36,7 +37,7 @@ class Intake:
 
     @property
     def x(self) -> Float[Tensor, "1 c *space"]:
-        """The voxels as the model sees them."""
+        """The voxels as the model sees them; the volume where it sees slices."""
         return model_view(self.ready)[None]
 
 
@@ -81,6 +82,19 @@ def require_training_scans(bundle: Bundle, data: str | Path, options: ReadOption
     return found
 
 
+def require_whole(recipe: Recipe, name: str, what: str) -> None:
+    """Refuse what a model that sees slices cannot do with volumes; `what` as in 'cannot augment'.
+
+    Raises:
+        CapabilityError: the recipe cuts slices.
+    """
+    if recipe.slices:
+        raise CapabilityError(
+            f"{name} cannot {what}: it sees volumes slice by slice, so it scores them but makes none. "
+            "Train a preset for volumes (3D in `medgen models`)."
+        )
+
+
 def _field_of_view(source: Grid, window: Grid) -> list[str]:
     """Refuse a scan that the model's window misses; warn when much of the window is empty.
 
@@ -96,4 +110,4 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
     return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
 
 
-__all__ = ["Intake", "require_training_scans", "taken_in", "training_scans"]
+__all__ = ["Intake", "require_training_scans", "require_whole", "taken_in", "training_scans"]
