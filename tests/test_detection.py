@@ -7,7 +7,7 @@ from scipy.stats import binomtest
 from sklearn.metrics import average_precision_score, roc_auc_score, roc_curve
 
 from medgen.metrics.detection import auroc, auroc_error, average_precision, sensitivity_at
-from medgen.metrics.intervals import Interval, binomial_interval, bootstrap_interval, conformal_interval
+from medgen.metrics.intervals import Interval, binomial_interval, bootstrap_interval, conformal_interval, patients_drawn
 from medgen.metrics.localisation import voxel_counts
 from medgen.tasks.calibration import p_value
 
@@ -113,7 +113,7 @@ def test_many_voxels_are_counted_in_little_memory_and_nearly_exactly():
     maps, masks = world(6, (60, 60, 40))
     counts = voxel_counts(maps, masks)
     truth, values = pooled(maps, masks)
-    assert counts.healthy.nbytes < 6 * 3200 * 8
+    assert counts.healthy.nbytes < 6 * 1600 * 8
     assert counts.average_precision() == pytest.approx(average_precision_score(truth, values), abs=1e-3)
     rate, found, _ = roc_curve(truth, values)
     precise = 2 * found * truth.sum() / (found * truth.sum() + rate * (~truth).sum() + truth.sum())
@@ -148,7 +148,7 @@ def test_findings_without_a_score_are_missed_and_unscored_healthy_voxels_do_not_
 def test_a_table_of_drawn_scans_is_the_table_of_those_scans():
     maps, masks = world(4, (16, 18))
     chosen = np.array([3, 1, 1])
-    drawn = voxel_counts(maps, masks).of(chosen)
+    drawn = voxel_counts(maps, masks).together(chosen)
     direct = voxel_counts([maps[n] for n in chosen], [masks[n] for n in chosen])
     assert drawn.average_precision() == pytest.approx(direct.average_precision())
     assert drawn.best_dice() == pytest.approx(direct.best_dice())
@@ -190,18 +190,21 @@ def test_a_rate_that_no_p_value_can_reach_is_zero():
     assert conformal_interval(5, 100, 1.0) == Interval(1.0, 1.0)
 
 
+def drawn(patients: list[str], seed: int = 0, **more) -> list[np.ndarray]:
+    return patients_drawn(patients, np.random.default_rng(seed), **more)
+
+
 def test_bootstrap_intervals_cover_and_clustered_ones_are_wider():
     rng = np.random.default_rng(2)
-    inside, patients = 0, [f"p{n}" for n in range(40)]
-    for _ in range(100):
+    inside, own = 0, [f"p{n}" for n in range(40)]
+    for seed in range(100):
         values = rng.normal(3, 1, 40)
-        low, high = bootstrap_interval(lambda n, v=values: float(v[n].mean()), patients, rng, draws=200)
+        low, high = bootstrap_interval(lambda n, v=values: float(v[n].mean()), drawn(own, seed, draws=200))
         inside += low <= 3 <= high
     assert inside >= 86
     twins = np.repeat(rng.normal(size=20), 10)
-    own, shared = list(map(str, range(200))), list(map(str, np.repeat(range(20), 10)))
-    alone = bootstrap_interval(lambda n: float(twins[n].mean()), own, np.random.default_rng(0))
-    together = bootstrap_interval(lambda n: float(twins[n].mean()), shared, np.random.default_rng(0))
+    alone = bootstrap_interval(lambda n: float(twins[n].mean()), drawn([f"p{n}" for n in range(200)]))
+    together = bootstrap_interval(lambda n: float(twins[n].mean()), drawn([f"p{n // 10}" for n in range(200)]))
     assert (together.high - together.low) > 2 * (alone.high - alone.low)
 
 
@@ -214,18 +217,18 @@ def test_a_paired_difference_is_known_better_than_its_parts():
     def area(values: np.ndarray, n: np.ndarray) -> float:
         return auroc(values[n][~ill[n]], values[n][ill[n]])
 
-    patients, strata = [f"p{n}" for n in range(60)], ["ill" if sick else "healthy" for sick in ill]
-    alone = bootstrap_interval(lambda n: area(one, n), patients, np.random.default_rng(0), strata=strata)
-    paired = bootstrap_interval(lambda n: area(one, n) - area(other, n), patients, np.random.default_rng(0))
+    draws = drawn([f"p{n}" for n in range(60)], strata=["ill" if sick else "healthy" for sick in ill])
+    alone = bootstrap_interval(lambda n: area(one, n), draws)
+    paired = bootstrap_interval(lambda n: area(one, n) - area(other, n), draws)
     assert alone.low < roc_auc_score(ill, one) < alone.high
     assert paired.high - paired.low < 0.4 * (alone.high - alone.low)
 
 
-def test_every_draw_has_ill_scans_and_one_patient_makes_no_interval():
-    strata = ["ill"] + ["healthy"] * 9
-    sick = np.arange(10) == 0
-    found = bootstrap_interval(
-        lambda n: float(sick[n].sum()), [f"p{n}" for n in range(10)], np.random.default_rng(0), strata=strata
-    )
-    assert found == Interval(1.0, 1.0)
-    assert np.isnan(bootstrap_interval(lambda n: 1.0, ["p"] * 5, np.random.default_rng(0))).all()
+def test_every_draw_has_ill_scans_and_whole_patients_and_one_patient_makes_no_interval():
+    draws = drawn([f"p{n // 2}" for n in range(20)], strata=["ill"] * 2 + ["healthy"] * 18)
+    for draw in draws:
+        assert (draw < 2).sum() == 2
+        assert len(draw) == 20
+        assert (np.bincount(draw, minlength=20)[::2] == np.bincount(draw, minlength=20)[1::2]).all()
+    assert drawn(["p"] * 5) == []
+    assert np.isnan(bootstrap_interval(lambda n: 1.0, [])).all()

@@ -1,5 +1,6 @@
 """`medgen models`, `train`, `evaluate` and `compare`."""
 
+from pathlib import Path
 from typing import Annotated, Literal
 
 import typer
@@ -97,21 +98,40 @@ def evaluate(
     split: Annotated[Split, typer.Option(help="test: the scans that training set aside.")] = "test",
     label: Label = None,
     domain: Domain = None,
+    paint: Annotated[
+        str | None, typer.Option(help="Paint lesions into healthy scans: 'own' shapes, or a folder of drawn masks.")
+    ] = None,
+    kinds: Annotated[str, typer.Option(help="Lesions to paint, such as hypo,iso [default: all].")] = "",
+    healthy: Annotated[str, typer.Option(help="Labels of healthy scans [default: those trained on].")] = "",
+    ill: Annotated[str, typer.Option(help="Labels of ill scans [default: all others].")] = "",
+    fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="False-alarm rate for flags and masks.")] = 0.05,
+    out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the tables; must not exist.")] = None,
+    seed: Annotated[int, typer.Option(help="Decides painted lesions and whom intervals draw.")] = 0,
     device: Device = "auto",
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
     xform: Xform = "error",
     colour: Colour = False,
+    force: Force = False,
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
-    """How good a bundle is on scans it has not learned from: density, reconstruction, classification."""
+    """How good a bundle is on scans it has not learned from: density, reconstruction, classification, detection."""
     options = reading(on_gap, on_tilt, xform, colour)
     with speaking(quiet):
+        from medgen.data.lesions import KINDS_B
+        from medgen.tasks.detection_table import lines
+        from medgen.tasks.evaluate import Asked
         from medgen.tasks.evaluate import evaluate as run
 
-        found = run(data, bundle, split=split, label=label, domain=domain, device=device, options=options)
-    say([f"{name}: {value}" for name, value in found.items()], found, as_json)
+        asked = Asked(paint, tuple(listed(kinds)) or KINDS_B, listed(healthy), listed(ill), fpr, seed)
+        found = run(
+            data, bundle, split=split, label=label, domain=domain, detection=asked, out=out, device=device,
+            options=options, force=force,
+        )  # fmt: skip
+    told = [f"{name}: {value}" for name, value in found.items() if name != "detection"]
+    told += lines(found["detection"]) if "detection" in found else []
+    say(told + ([] if out is None else [f"Wrote the tables to {out}."]), found, as_json)
 
 
 @app.command()

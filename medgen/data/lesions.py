@@ -279,14 +279,15 @@ def mask_library(folder: str | Path) -> tuple[Mask, ...]:
         DataError: there is none.
     """
     sources = io.find(folder).sources
-    found = [_measured(source.path) for source in track(sources, "Reading masks")]
+    found = [drawn_mask(source.path) for source in track(sources, "Reading masks")]
     kept = sorted((one for one in found if 0 < one.millilitres <= _LARGEST_ML), key=lambda one: one.name)
     if not kept:
         raise DataError(f"{Path(folder).name}: expected masks of lesions; none of {len(found)} holds 0 to 400 mL.")
     return tuple(kept)
 
 
-def _measured(path: str) -> Mask:
+def drawn_mask(path: str) -> Mask:
+    """A drawn mask with its volume and hash."""
     scan = io.read(path)
     drawn = (scan.voxels > 0).any(axis=0)
     digest = hashlib.sha256(repr((scan.grid.shape, scan.grid.affine.round(3).tolist())).encode())
@@ -318,6 +319,6 @@ def _chosen(
 
 
 __all__ = [
-    "KINDS_A", "KINDS_B", "SIZES", "STRENGTHS", "Contrast", "Kind", "Lesion", "Mask", "Size", "filled_body",
-    "mask_library", "paint", "place", "random_shape",
+    "KINDS_A", "KINDS_B", "SIZES", "STRENGTHS", "Contrast", "Kind", "Lesion", "Mask", "Size", "drawn_mask",
+    "filled_body", "mask_library", "paint", "place", "random_shape",
 ]  # fmt: skip

@@ -7,6 +7,8 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Int
 
+Indices = Int[np.ndarray, " n"]
+
 
 class Interval(NamedTuple):
     """Both ends."""
@@ -57,48 +59,59 @@ def conformal_interval(calibration: int, tested: int, rate: float, confidence: f
     return Interval(float(ends[0]), float(ends[1]))
 
 
-def bootstrap_interval(
-    statistic: Callable[[Int[np.ndarray, " n"]], float],
-    patients: Sequence[str],
-    rng: np.random.Generator,
-    *,
-    strata: Sequence[str] | None = None,
-    draws: int = 1000,
-    confidence: float = 0.95,
-) -> Interval:
-    """Percentile interval of a statistic over patients drawn with replacement, all scans of a patient together.
+def patients_drawn(
+    patients: Sequence[str], rng: np.random.Generator, *, strata: Sequence[str] | None = None, draws: int = 1000
+) -> list[Indices]:
+    """The scans of as many patients, drawn with replacement; all scans of a patient come together.
 
-    (Efron and Tibshirani 1993, chapter 13; patients are the independent units, scans of one are not.) For the
-    difference of two scores on the same scans, let `statistic` be that difference: both see the same draw.
+    Patients are the independent units, scans of one are not.
 
     Args:
-        statistic: a number from indices of scans, some of them several times; NaN where it has none.
         patients: whose each scan is.
         rng: what the draws depend on.
         strata: of each scan; as many patients of each kind are drawn as there are, so that no draw lacks ill scans.
         draws: how many.
-        confidence: chance to hold the truth, for many patients.
 
     Returns:
-        Both ends; NaN where fewer than two patients, or no draw, gave a number.
+        Indices of scans, some of them several times, for each draw; none with fewer than two patients.
     """
     scans: dict[str, list[int]] = defaultdict(list)
     for n, patient in enumerate(patients):
         scans[patient].append(n)
+    if len(scans) < 2:
+        return []
     kinds: dict[tuple[str, ...], list[np.ndarray]] = defaultdict(list)
     for numbers in scans.values():
         kind = tuple(sorted({strata[n] for n in numbers})) if strata else ()
         kinds[kind].append(np.asarray(numbers))
     found = []
-    for _ in range(draws if len(scans) > 1 else 0):
+    for _ in range(draws):
         drawn = [members[n] for members in kinds.values() for n in rng.integers(len(members), size=len(members))]
-        found.append(statistic(np.concatenate(drawn)))
-    known = np.asarray(found, dtype=np.float64)
-    known = known[np.isfinite(known)]
+        found.append(np.concatenate(drawn))
+    return found
+
+
+def bootstrap_interval(
+    statistic: Callable[[Indices], float], draws: Sequence[Indices], confidence: float = 0.95
+) -> Interval:
+    """Percentile interval of a statistic over draws of patients (Efron and Tibshirani 1993, chapter 13).
+
+    For the difference of two scores on the same scans, let `statistic` be that difference: both see the same draws.
+
+    Args:
+        statistic: a number from indices of scans; NaN where there is none.
+        draws: made by `patients_drawn`.
+        confidence: chance to hold the truth, for many patients.
+
+    Returns:
+        Both ends; NaN where no draw gave a number.
+    """
+    found = np.asarray([statistic(draw) for draw in draws], dtype=np.float64)
+    known = found[np.isfinite(found)]
     if not len(known):
         return Interval(float("nan"), float("nan"))
     low, high = np.quantile(known, [(1 - confidence) / 2, (1 + confidence) / 2])
     return Interval(float(low), float(high))
 
 
-__all__ = ["Interval", "binomial_interval", "bootstrap_interval", "conformal_interval"]
+__all__ = ["Interval", "binomial_interval", "bootstrap_interval", "conformal_interval", "patients_drawn"]

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float, Int
 from medgen.metrics.detection import at_least, stepwise
 
 # Levels at most, from ill and from healthy voxels: a step of recall, and of the false-positive rate up to its limit.
-_LEVELS = (2048, 1024)
+_LEVELS = (1024, 512)
 _LIMIT = 0.3
 
 
@@ -38,10 +38,11 @@ class VoxelCounts:
     overlap: Float[np.ndarray, "n k"]
     totals: Float[np.ndarray, "n 3"]
 
-    def of(self, scans: Int[np.ndarray, " m"]) -> "VoxelCounts":
-        """The table of these scans, some of them several times."""
-        each = {name: getattr(self, name)[scans] for name in ("ill", "healthy", "overlap", "totals")}
-        return replace(self, **each)
+    def together(self, scans: Int[np.ndarray, " m"]) -> "VoxelCounts":
+        """These scans, some of them several times, as one row."""
+        times = np.bincount(scans, minlength=len(self.totals)).astype(np.float64)
+        summed = {name: (times @ getattr(self, name))[None] for name in ("ill", "healthy", "overlap", "totals")}
+        return replace(self, **summed)
 
     def average_precision(self) -> float:
         """Area under the precision-recall curve of all voxels together, in steps; NaN without findings."""

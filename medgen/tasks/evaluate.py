@@ -1,6 +1,7 @@
 """`medgen evaluate`: how good a bundle is on scans it has not learned from."""
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -9,13 +10,47 @@ import torch
 from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
+from medgen.data.lesions import KINDS_B
 from medgen.data.manifest import Row, index
-from medgen.errors import DataError, MedgenError
+from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note
+from medgen.tasks.cases import cases_of, library_of, masks_in, painted, refuse_overlap, sorted_scans
 from medgen.tasks.conditions import told_of
+from medgen.tasks.detection import Case, baselines, controlled, detector_of, measured
+from medgen.tasks.detection_table import write
+from medgen.tasks.detector import can_score
 from medgen.tasks.intake import taken_in, training_scans
 from medgen.tasks.quality import quality
+from medgen.tasks.workspace import Workspace
+
+# Healthy scans that baselines need to learn from, and volumes that control inputs are made of, at most.
+_FEWEST, _MOST_CONTROLS = 3, {2: 500, 3: 24}
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What of detection a person decides.
+
+    Args:
+        paint: paint lesions into the healthy scans: 'own' for shapes of medgen's own, or a folder of drawn masks.
+        kinds: of lesions to paint.
+        healthy: labels of healthy scans; none: those that the bundle was trained on.
+        ill: labels of ill scans; none: all others.
+        rate: false-alarm rate of flags and masks.
+        seed: of painted lesions, controls and intervals.
+    """
+
+    paint: str | None = None
+    kinds: Sequence[str] = KINDS_B
+    healthy: Sequence[str] = ()
+    ill: Sequence[str] = ()
+    rate: float = 0.05
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if unknown := sorted(set(self.kinds) - set(KINDS_B)):
+            raise ConfigError(f"There is no lesion of the kind {unknown[0]!r}. Kinds: {', '.join(KINDS_B)}.")
 
 
 def evaluate(
@@ -25,45 +60,76 @@ def evaluate(
     split: Literal["test", "all"] = "test",
     label: str | None = None,
     domain: str | None = None,
+    detection: Asked = Asked(),
+    out: str | Path | None = None,
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
+    force: bool = False,
 ) -> dict[str, Any]:
-    """Bits per dimension, reconstruction and classification of scans, whichever the model is able to.
+    """Bits per dimension, reconstruction, classification and detection, whichever the model is able to.
+
+    Detection is measured where scans are ill (another label than the bundle was trained on, or a mask of findings) or
+    lesions are painted; beside the detector stand baselines that need no model, and control inputs.
 
     Args:
         data: a folder, zip, CSV or .npz of scans.
         bundle: made by `train`.
         split: 'test' takes the scans that training set aside; 'all' takes every scan.
-        label, domain: take these scans only, as in training.
+        label, domain: take these scans only, as in training; ill scans are those of `detection`.
+        detection: who is healthy, what is painted.
+        out: a folder for the tables of detection, which must not exist; None: none.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         options: how strict reading is.
+        force: replace an existing output.
 
     Returns:
-        Names and numbers (see `medgen.tasks.quality.quality`), with the bundle's hash and the split.
+        Names and numbers (see `medgen.tasks.quality.quality`), with the bundle's hash and the split; 'detection' holds
+        tables (see `medgen.tasks.detection.measured`).
 
     Raises:
-        BundleError, DataError.
+        BundleError, DataError, ConfigError, OutputError.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
-    bundle.model.to("cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    for model in bundle.models.values():
+        model.to("cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+    settings = {"data": str(Path(data).resolve()), "weights": bundle.weights_sha256, "split": split, "label": label}
+    settings |= {"domain": domain, "detection": vars(detection)}
+    work = None if out is None else Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        rows = index(place, options).where(label=label, domain=domain)
-        if split == "test":
-            known = training_scans(bundle, place, options)
-            if known is None:
-                raise DataError(
-                    "The bundle did not learn from this folder as it is, so which of its scans were set aside cannot "
-                    "be told. Pass --split all if it has learned from none of them."
-                )
-            rows = known.where(label=label, domain=domain, split="test")
-        chosen = replace(
-            rows, rows=tuple(row for row in rows.rows if _fits(bundle, row, rows.locate(row.path), options))
-        )
-        if not len(chosen):
-            raise DataError(f"None of {len(rows)} scans is left to evaluate on.")
-        scans = ScanDataset(chosen, bundle.recipe, **told_of(bundle.model.config), options=options)
-        found = quality(bundle.model, scans, temperature=bundle.calibration.get("temperature"))
+        found = _quality(place, bundle, split, label, domain, options)
+        told = _detection(place, bundle, split, detection, options)
+    # Each scan's numbers are for the files.
+    scans = told.pop("scans", [])
+    if told:
+        found["detection"] = told
+    if work:
+        work.record()
+        with work.writing():
+            if told:
+                write(told, scans, work.folder)
+        work.finish({"command": "evaluate", "settings": settings, "found": found})
+    return found
+
+
+def _quality(
+    place: str | Path, bundle: Bundle, split: str, label: str | None, domain: str | None, options: ReadOptions
+) -> dict[str, Any]:
+    """How good the model is at whatever it does besides detection."""
+    rows = index(place, options).where(label=label, domain=domain)
+    if split == "test":
+        known = training_scans(bundle, place, options)
+        if known is None:
+            raise DataError(
+                "The bundle did not learn from this folder as it is, so which of its scans were set aside cannot "
+                "be told. Pass --split all if it has learned from none of them."
+            )
+        rows = known.where(label=label, domain=domain, split="test")
+    chosen = replace(rows, rows=tuple(row for row in rows.rows if _fits(bundle, row, rows.locate(row.path), options)))
+    if not len(chosen):
+        raise DataError(f"None of {len(rows)} scans is left to evaluate on.")
+    scans = ScanDataset(chosen, bundle.recipe, **told_of(bundle.model.config), options=options)
+    found = quality(bundle.model, scans, temperature=bundle.calibration.get("temperature"))
     left_out = len(rows) - len(chosen)
     return {"weights_sha256": bundle.weights_sha256, "split": split, "left_out": left_out, **found}
 
@@ -83,4 +149,55 @@ def _fits(bundle: Bundle, row: Row, path: str, options: ReadOptions) -> bool:
     return True
 
 
-__all__ = ["evaluate"]
+# -- detection -----------------------------------------------------------------------------------------
+
+
+def _detection(place: str | Path, bundle: Bundle, split: str, asked: Asked, options: ReadOptions) -> dict[str, Any]:
+    """How well ill scans are told from healthy ones; nothing where nobody is ill, or the bundle cannot say."""
+    scored = "questions" in bundle.calibration or can_score(bundle.model)
+    if not scored and asked.paint is None:
+        return {}
+    method = detector_of(bundle, asked.rate)
+    library = library_of(asked.paint)
+    refuse_overlap(bundle, asked.kinds if asked.paint else (), library)
+    told = {"split": split, "healthy": asked.healthy, "ill": asked.ill, "all_healthy": asked.paint is not None}
+    scans = sorted_scans(bundle, place, options, **told)
+    if not scans.ill and asked.paint is None:
+        return {}
+    refuse_overlap(bundle, (), masks_in(scans.ill))
+    healthy = cases_of(bundle, scans.healthy, options)
+    groups = {name: cases_of(bundle, rows, options, findings=True) for name, rows in scans.ill.items()}
+    if asked.paint:
+        groups |= painted(healthy, asked.kinds, library, seed=asked.seed)
+    groups = {name: cases for name, cases in groups.items() if cases}
+    if not groups:
+        note("No ill scan could be prepared, so detection is not measured.")
+        return {}
+    notes, methods = [scans.says], [method]
+    if min(len(scans.train), len(scans.held)) < _FEWEST:
+        notes = [f"Baselines need {_FEWEST} healthy scans to learn from; found {len(scans.train)}: there are none."]
+    else:
+        train = ScanDataset(scans.train, bundle.recipe, options=options)
+        held = train if scans.held is scans.train else ScanDataset(scans.held, bundle.recipe, options=options)
+        methods += baselines(train, held, asked.rate)
+    notes += _thoughts(healthy)
+    found = measured(methods, healthy, groups, rate=asked.rate, seed=asked.seed)
+    if len(healthy) > 1:
+        most = _MOST_CONTROLS[2 if healthy[0].ready.is_planar else 3]
+        found["controls"] = controlled(methods, healthy[:most], seed=asked.seed)
+    facts = {"healthy_scans": len(healthy), "rate": asked.rate, "notes": notes}
+    if asked.paint:
+        facts |= {"painted": list(asked.kinds), "masks": len(library) or "medgen's own shapes"}
+    return facts | found
+
+
+def _thoughts(healthy: Sequence[Case]) -> list[str]:
+    """What a reader should know before believing a number."""
+    if len(healthy) < 2:
+        return ["Too few healthy scans were set aside to tell ill ones from them: only maps are measured."]
+    if len(healthy) < 20:
+        return [f"With {len(healthy)} healthy scans the numbers are rough: see the intervals."]
+    return []
+
+
+__all__ = ["Asked", "evaluate"]
