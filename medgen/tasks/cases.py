@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import product
 from pathlib import Path
 from typing import cast, get_args
 
@@ -190,7 +189,7 @@ def library_of(paint: str | Path | None) -> tuple[Mask, ...]:
 def painted(
     healthy: Sequence[Case], kinds: Sequence[str], library: Sequence[Mask], *, seed: int = 0
 ) -> dict[str, list[Case]]:
-    """A lesion of each kind in each healthy scan; sizes and contrasts take turns.
+    """A lesion of each kind in each healthy scan; sizes and contrasts take turns, and scans, too, where they are few.
 
     Args:
         healthy: prepared scans.
@@ -206,15 +205,17 @@ def painted(
     sizes: list[Size] = [size for size, (low, high) in SIZES.items() if _held(library, low, high)]
     if not sizes:
         raise DataError(f"None of {len(library)} masks is of a size to paint: {SIZES['small'][0]:g} to 100 mL.")
-    contrasts: tuple[Contrast, ...] = get_args(Contrast)
-    looks = list(product(sizes, contrasts))
     most = _MOST[2 if healthy[0].ready.is_planar else 3]
+    contrasts: tuple[Contrast, ...] = get_args(Contrast)
+    count = min(most, max(len(healthy), len(sizes) * len(contrasts)))
     found: dict[str, list[Case]] = {}
     for number, kind in enumerate(track(list(kinds), "Painting lesions")):
         reasons = []
         found[kind] = []
-        for n, case in enumerate(healthy[:most]):
-            size, contrast = looks[(n + number) % len(looks)]
+        for n in range(count):
+            case = healthy[n % len(healthy)]
+            # A Latin square: few scans still have lesions of every size and every contrast.
+            size, contrast = sizes[n % len(sizes)], contrasts[-1 - (n // len(sizes) + n) % len(contrasts)]
             lesion = Lesion(cast(Kind, kind), size, contrast, derived_seed(seed, number, n))
             try:
                 ready, mask, _ = lesion.painted(case.ready, library)
@@ -227,7 +228,7 @@ def painted(
         if not found[kind]:
             raise DataError(f"No lesion of the kind {kind} could be painted. The first reason: {reasons[0]}")
         if reasons:
-            note(f"{kind}: {len(reasons)} of {len(healthy[:most])} scans have no lesion. The first: {reasons[0]}")
+            note(f"{kind}: {len(reasons)} of {count} lesions could not be painted. The first: {reasons[0]}")
     return found
 
 
