@@ -120,18 +120,17 @@ def test_painted_heads_are_measured_in_voxels_and_again_the_same(heads, heads_bu
             assert 0 <= row["aupro"] <= 1
     assert [row["method"] for row in found["controls"]] == METHODS
     assert all(set(CONTROLS) < set(row) for row in found["controls"])
-    code, out, _ = command("evaluate", heads, "-m", heads_bundle, "--paint", "own", "--kinds", "scaled,missing-slice",
-                           "--json", "-q")  # fmt: skip
+    code, out, _ = command("evaluate", heads, "-m", heads_bundle, "--paint", "own", "--kinds", "scaled", "--json", "-q")
     assert code == 0
     again = json.loads(out)["detection"]
     assert again["rows"][0]["voxel_ap"] == pytest.approx(found["rows"][0]["voxel_ap"], abs=1e-6)
-    assert again["painted"] == list(OWN.kinds)
+    assert again["painted"] == ["scaled"]
 
 
 def test_masks_of_findings_make_a_scan_ill_in_a_folder_never_seen(heads, heads_bundle, tmp_path, command):
     folder = tmp_path / "clinic"
-    shutil.copytree(heads, folder)
-    for path in (SAMPLES / "heads_ill").glob("*.nii.gz"):
+    folder.mkdir()
+    for path in (*sorted(heads.iterdir())[:16], *(SAMPLES / "heads_ill").glob("*.nii.gz")):
         shutil.copy(path, folder)
     out = tmp_path / "out"
     code, told, _ = command("evaluate", folder, "-m", heads_bundle, "--split", "all", "-o", out, "-q")

@@ -23,7 +23,7 @@ from medgen.metrics.intervals import binomial_interval, bootstrap_interval, conf
 from medgen.metrics.localisation import voxel_counts
 from medgen.scan import Scan
 from medgen.scores.base import Healthy
-from medgen.tasks.calibration import folded, mask_threshold, p_value
+from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
 from medgen.tasks.detector import Batches, Detector, Questions
 from medgen.tasks.norms import Norms
 
@@ -285,10 +285,13 @@ def _of_voxels(method: Method, cases: Sequence[Case], seen: Seen, seed: int) -> 
 
 
 def _false_positives(method: Method, seen: Seen, rate: float) -> dict[str, Any]:
-    """The share of healthy scans flagged, where it would lie by chance, and the share in which anything is marked."""
+    """The share of healthy scans flagged, where it would lie by chance, and the share in which anything is marked.
+
+    Nothing with fewer calibration scans than the rate needs: no scan can be flagged then.
+    """
     tested = len(seen.p)
     told: dict[str, Any] = {"calibration_scans": len(method.healthy), "scans": tested}
-    if not tested or len(method.healthy) < 2:
+    if not tested or len(method.healthy) < normals_needed(rate):
         return told
     flagged = int((seen.p <= rate + 1e-12).sum())
     told |= {"flagged": flagged / tested, "flagged_interval": binomial_interval(flagged, tested)}

@@ -15,9 +15,10 @@ from medgen.data.manifest import Row, index
 from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note
+from medgen.tasks.calibration import normals_needed
 from medgen.tasks.cases import cases_of, library_of, masks_in, painted, refuse_overlap, sorted_scans
 from medgen.tasks.conditions import told_of
-from medgen.tasks.detection import Case, baselines, controlled, detector_of, measured
+from medgen.tasks.detection import Case, Method, baselines, controlled, detector_of, measured
 from medgen.tasks.detection_table import write
 from medgen.tasks.detector import can_score
 from medgen.tasks.intake import taken_in, training_scans
@@ -164,7 +165,8 @@ def _detection(place: str | Path, bundle: Bundle, split: str, asked: Asked, opti
     scans = sorted_scans(bundle, place, options, **told)
     if not scans.ill and asked.paint is None:
         return {}
-    refuse_overlap(bundle, (), masks_in(scans.ill))
+    if bundle.training.get("mask_hashes"):
+        refuse_overlap(bundle, (), masks_in(scans.ill))
     healthy = cases_of(bundle, scans.healthy, options)
     groups = {name: cases_of(bundle, rows, options, findings=True) for name, rows in scans.ill.items()}
     if asked.paint:
@@ -180,7 +182,7 @@ def _detection(place: str | Path, bundle: Bundle, split: str, asked: Asked, opti
         train = ScanDataset(scans.train, bundle.recipe, options=options)
         held = train if scans.held is scans.train else ScanDataset(scans.held, bundle.recipe, options=options)
         methods += baselines(train, held, asked.rate)
-    notes += _thoughts(healthy)
+    notes += _thoughts(healthy, methods, asked.rate)
     found = measured(methods, healthy, groups, rate=asked.rate, seed=asked.seed)
     if len(healthy) > 1:
         most = _MOST_CONTROLS[2 if healthy[0].ready.is_planar else 3]
@@ -191,13 +193,19 @@ def _detection(place: str | Path, bundle: Bundle, split: str, asked: Asked, opti
     return facts | found
 
 
-def _thoughts(healthy: Sequence[Case]) -> list[str]:
+def _thoughts(healthy: Sequence[Case], methods: Sequence[Method], rate: float) -> list[str]:
     """What a reader should know before believing a number."""
+    told = []
     if len(healthy) < 2:
-        return ["Too few healthy scans were set aside to tell ill ones from them: only maps are measured."]
-    if len(healthy) < 20:
-        return [f"With {len(healthy)} healthy scans the numbers are rough: see the intervals."]
-    return []
+        told.append("Too few healthy scans were set aside to tell ill ones from them: only maps are measured.")
+    elif len(healthy) < 20:
+        told.append(f"With {len(healthy)} healthy scans the numbers are rough: see the intervals.")
+    if short := [len(method.healthy) for method in methods if len(method.healthy) < normals_needed(rate)]:
+        told.append(
+            f"A false-alarm rate of {rate:g} needs {normals_needed(rate)} calibration scans; there are {min(short)}, "
+            "so no scan is flagged, no mask is drawn, and no rate is measured."
+        )
+    return told
 
 
 __all__ = ["Asked", "evaluate"]
