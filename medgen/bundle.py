@@ -167,8 +167,8 @@ class Bundle:
 
     @property
     def model(self) -> Model:
-        """The only model, or the one called 'model'."""
-        return next(iter(self.models.values())) if len(self.models) == 1 else self.models["model"]
+        """The only model, or the first of several: what a detector is known for."""
+        return next(iter(self.models.values()))
 
     @property
     def name(self) -> str:

@@ -10,9 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from medgen.data.recipe import Recipe
+from medgen.data.recipe import Plane, Recipe
 from medgen.errors import ConfigError
 
 _PACKAGED = Path(__file__).parent / "presets"
@@ -43,24 +43,57 @@ class About(BaseModel):
     abilities: tuple[str, ...]
 
 
+class Part(BaseModel):
+    """One of several models that are trained together.
+
+    Args:
+        preset: another preset's name, for images or volumes as this one is.
+        share: of the training time, beside the other models' shares.
+        model, fit: fields that differ from that preset's.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    preset: str
+    share: float = Field(default=1.0, gt=0)
+    model: dict[str, Any] = Field(default_factory=dict)
+    fit: dict[str, Any] = Field(default_factory=dict)
+
+
 class Preset(BaseModel):
     """Everything that decides a training run besides the scans and the seed.
 
     Args:
         about: for people.
         model: fields of the family's config; shape, channels and classes follow from the scans.
+        models: several models by name instead, for detectors; the first is what they are known for.
+        score: how the models say that a scan is unusual; by default what suits the model.
+        map: how they say where; by default as `score` does.
         recipe: 'auto' from the scans themselves, or steps.
-        max_voxels: what an automatic recipe keeps a scan's size to.
+        max_voxels: what an automatic recipe keeps a scan's size to; a slice's, where it sees slices.
+        planes: which slices a preset for images sees of volumes.
         fit: fields of the training config.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     about: About
-    model: dict[str, Any]
+    model: dict[str, Any] = Field(default_factory=dict)
+    models: dict[str, Part] = Field(default_factory=dict)
+    score: dict[str, Any] | None = None
+    map: dict[str, Any] | None = None
     recipe: str | Recipe = "auto"
     max_voxels: int = Field(default=1_000_000, ge=64)
+    planes: tuple[Plane, ...] = Field(default=("sagittal", "coronal", "axial"), min_length=1)
     fit: dict[str, Any] = Field(default_factory=dict)
+
+    @model_validator(mode="after")
+    def _one_or_several(self) -> "Preset":
+        if bool(self.model) == bool(self.models):
+            raise ValueError("a preset has either a model or several models")
+        if self.models and not (self.score or self.map):
+            raise ValueError("several models need a score or a map that says what they are asked")
+        return self
 
 
 def presets_folder() -> Path:
@@ -189,4 +222,14 @@ def _short(value: Any) -> str:
     return text if len(text) < 80 else text[:77] + "..."
 
 
-__all__ = ["About", "Preset", "explained", "load_preset", "preset_for", "preset_names", "presets_folder", "typed"]
+__all__ = [
+    "About",
+    "Part",
+    "Preset",
+    "explained",
+    "load_preset",
+    "preset_for",
+    "preset_names",
+    "presets_folder",
+    "typed",
+]

@@ -5,10 +5,11 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
-from medgen.config import Preset, load_preset, preset_names, presets_folder, typed
+from medgen.config import Preset, load_preset, preset_for, preset_names, presets_folder, typed
 from medgen.data.recipe import CropOrPad, Recipe, Window
 from medgen.errors import ConfigError
-from medgen.models import FAMILIES, family
+from medgen.models import FAMILIES, build, family
+from medgen.tasks.detector import Questions
 from medgen.training.fit import FitConfig
 
 GOOD = """
@@ -175,10 +176,28 @@ def test_environment_and_expressions_mean_nothing(tmp_path, monkeypatch):
 def test_every_preset_is_there_and_every_family_has_one():
     names = preset_names()
     assert names == sorted(path.stem for path in presets_folder().glob("*.yaml"))
-    assert {load_preset(name).about.family for name in names} == set(FAMILIES)
+    assert {load_preset(name).about.family for name in names} == {"detector", *FAMILIES}
 
 
-@pytest.mark.parametrize("name", preset_names())
+@pytest.mark.parametrize("name", [name for name in preset_names() if load_preset(name).models])
+def test_a_detector_s_models_exist_and_can_be_asked(name):
+    preset = load_preset(name)
+    assert preset.about.family == "detector"
+    stated = {}
+    for part, told in preset.models.items():
+        theirs = load_preset(preset_for(told.preset, preset.about.dims))
+        config = family(str(theirs.model["kind"])).Config
+        stride = family(str(theirs.model["kind"])).stride({**theirs.model, **told.model})
+        shape = (4 * stride,) * preset.about.dims if isinstance(stride, int) else stride
+        stated[part] = build(typed(config, theirs.model | told.model | {"shape": shape}, name, part))
+    for question in Questions.of(preset.score, preset.map).each.values():
+        question.check(stated)
+        assert set(question.asks) <= set(stated) or not question.needs
+    first = next(iter(stated.values()))
+    assert list(preset.about.abilities) == sorted(first.abilities(first.config))
+
+
+@pytest.mark.parametrize("name", [name for name in preset_names() if load_preset(name).model])
 def test_a_preset_s_model_and_training_are_valid(name):
     preset = load_preset(name)
     config = family(preset.about.family)

@@ -10,18 +10,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+import medgen
 from medgen import io
+from medgen.bundle import Bundle
 from medgen.data.dataset import Batch, ScanDataset, collate, framed
 from medgen.data.fingerprint import auto_recipe, fingerprint
 from medgen.data.manifest import index
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Plane, Recipe, Slices, Window
 from medgen.errors import CapabilityError, ConfigError, DataError
 from medgen.grid import Grid
+from medgen.io.source import ReadOptions
 from medgen.models import build, config_of
 from medgen.models.abilities import Reconstructs
 from medgen.scan import Scan
 from medgen.scores.base import Found
 from medgen.tasks.intake import require_whole
+from medgen.tasks.plan import Choices, plan_training
 from medgen.tasks.slicewise import in_slices, slicewise
 
 PLANES: tuple[Plane, ...] = ("sagittal", "coronal", "axial")
@@ -57,7 +61,7 @@ def test_planes_are_those_of_anatomy():
 
 
 def test_a_frame_holds_every_plane_in_its_middle():
-    slices = Slices(planes=PLANES)
+    slices = Slices(planes=("axial",))
     assert slices.frame(SHAPE) == (10, 10)
     x = volume()[0, 0]
     coronal = next(place for place in slices.places(SHAPE) if place.name == "coronal/4")
@@ -89,7 +93,7 @@ def test_strides_of_a_volume_make_those_of_its_slices(planes, stride):
 
 def test_a_recipe_with_slices_prepares_the_same_volume_and_says_what_a_model_sees():
     steps = (Orient(), CropOrPad(shape=SHAPE), Window(low=0, high=1))
-    whole, sliced = Recipe(steps=steps), Recipe(steps=(*steps, Slices(planes=PLANES)))
+    whole, sliced = Recipe(steps=steps), Recipe(steps=(*steps, Slices(planes=("axial",))))
     scan = Scan(volume()[0].numpy(), Grid(SHAPE, np.diag([2.0, 2, 2, 1])))
     assert np.array_equal(whole(scan).voxels, sliced(scan).voxels)
     assert (whole.seen, sliced.seen, sliced.shape) == (SHAPE, (10, 10), SHAPE)
@@ -275,7 +279,7 @@ def test_the_map_of_three_planes_is_their_mean():
         numbers = torch.tensor([float(case.rpartition("/")[2]) for case in batch.cases])
         return Found(numbers[:, None], numbers[:, None, None].expand_as(batch.x[:, 0]))
 
-    drawn = slicewise(numbered, Batch(volume()), Slices(planes=PLANES))[1]
+    drawn = slicewise(numbered, Batch(volume()), Slices(planes=("axial",)))[1]
     i, j, k = np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij")
     assert drawn is not None
     assert np.allclose(drawn.numpy(), (i + j + k) / 3, atol=1e-6)
@@ -284,7 +288,7 @@ def test_the_map_of_three_planes_is_their_mean():
 def test_what_no_plane_scored_is_nan_and_what_one_scored_is_not():
     x, real = volume(), torch.zeros(1, *SHAPE, dtype=torch.bool)
     real[:, 1:5, 2:9, 3:6] = True
-    values, drawn = slicewise(brightness, Batch(x, real=real), Slices(planes=PLANES))
+    values, drawn = slicewise(brightness, Batch(x, real=real), Slices(planes=("axial",)))
     assert drawn is not None
     assert torch.equal(drawn.isfinite(), real[0])
     assert torch.allclose(drawn[real[0]], x[:, 0][real], atol=1e-6)
@@ -342,7 +346,7 @@ def test_volumes_are_scored_one_by_one_with_what_is_known_of_each():
 
 def test_a_model_of_images_learns_and_scores_volumes(few):
     """From files by way of a trained denoiser to a map: bright where a volume was painted."""
-    told, slices = recipe(PLANES), Slices(planes=PLANES)
+    told, slices = recipe(PLANES), Slices(planes=("axial",))
     data = ScanDataset(index(few), told)
     model = build(config_of({"kind": "autoencoder", "shape": told.seen, "width": 8, "latent": 8, "levels": 2}))
     model.initialise(next(data.batches(len(data))))
@@ -364,3 +368,28 @@ def test_a_model_of_images_learns_and_scores_volumes(few):
     inside[7:10, 7:10, 7:10] = True
     assert grown[inside].mean() > 5 * grown[~inside].abs().mean()
     assert after.values[0, 0] > before.values[0, 0]
+
+
+def test_a_preset_for_images_learns_and_scores_volumes_from_the_command_on(heads, ill_head, tmp_path):
+    told = (
+        "fit.images=256",
+        "fit.batch_size=32",
+        "model.width=4",
+        "model.latent=6",
+        "fit.precision=float32",
+        "planes=[axial]",
+    )
+    folder = medgen.train(heads, tmp_path / "b", preset="vae2d", minutes=None, overrides=told)
+    bundle = Bundle.load(folder)
+    assert bundle.recipe.slices == Slices(planes=("axial",))
+    assert bundle.model.config.shape == bundle.recipe.seen
+    assert not bundle.contract.planar
+    found = medgen.score(ill_head, folder, tmp_path / "s").scans[0]
+    assert found.p == pytest.approx(0.05)
+    drawn = io.read(tmp_path / "s" / "maps" / "sub-101_T1w_map.nii.gz", ReadOptions(on_nan="zero"))
+    assert drawn.grid.close(io.read(ill_head).grid)
+    with pytest.raises(CapabilityError, match="slice by slice"):
+        medgen.augment(heads, tmp_path / "a", bundle=folder, n=1)
+    whole = Recipe(steps=(Orient(), CropOrPad(shape=(16, 16, 16)))).model_dump_json()
+    with pytest.raises(ConfigError, match="Volumes need a slices step"):
+        plan_training(heads, Choices("vae2d", overrides=[f"recipe={whole}"]))

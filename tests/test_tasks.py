@@ -135,9 +135,9 @@ def test_one_class_may_be_learned_alone(xrays, tmp_path):
         medgen.train(xrays, tmp_path / "c", label="odd")
 
 
-def test_a_preset_for_the_wrong_dimensions_is_refused(heads, tmp_path):
-    with pytest.raises(ConfigError, match=r"vae2d.*2D.*volumes"):
-        medgen.train(heads, tmp_path / "b", preset="vae2d")
+def test_a_preset_for_the_wrong_dimensions_is_refused(xrays, tmp_path):
+    with pytest.raises(ConfigError, match=r"vae3d.*3D.*images"):
+        medgen.train(xrays, tmp_path / "b", preset="vae3d")
     assert not list(tmp_path.iterdir())
 
 

@@ -18,6 +18,7 @@ FAMILIES = {
     "latentflowmatch": "medgen.models.latentflowmatch:LatentFlowMatch",
     "mixture": "medgen.models.mixture:Mixture",
     "pyramidflow": "medgen.models.pyramidflow:PyramidFlow",
+    "segmenter": "medgen.models.segmenter:Segmenter",
     "vae": "medgen.models.vae:VAE",
     "vqvae": "medgen.models.vqvae:VQVAE",
 }

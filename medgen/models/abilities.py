@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 # What a model can do; tasks ask for these words and never for a class.
 Ability = Literal[
     "samples", "encodes", "decodes", "reconstructs", "scores_density", "estimates_density", "bounds_density",
-    "maps_density", "restores", "translates", "classifies", "inpaints",
+    "maps_density", "restores", "translates", "classifies", "inpaints", "marks",
 ]  # fmt: skip
 
 
@@ -120,6 +120,15 @@ class Inpaints(Protocol):
         ...
 
 
+@runtime_checkable
+class Marks(Protocol):
+    """Says where a scan does not look like healthy ones."""
+
+    def mark(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b 1 *space"]:
+        """Log-odds that each voxel belongs to an anomaly."""
+        ...
+
+
 __all__ = [
     "Ability",
     "BoundsDensity",
@@ -129,6 +138,7 @@ __all__ = [
     "EstimatesDensity",
     "Inpaints",
     "MapsDensity",
+    "Marks",
     "Reconstructs",
     "Restores",
     "Samples",

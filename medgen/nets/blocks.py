@@ -232,6 +232,13 @@ class Decoder(nn.Module):
         return self.head(self.body(self.condition(features, cond)))
 
 
+def averaged(x: Float[Tensor, "b c *space"], window: int) -> Float[Tensor, "b c *space"]:
+    """Mean over the voxels there are within a cube of `window` (odd, no longer than the scan) about each voxel."""
+    pool = nn.functional.avg_pool2d if x.ndim == 4 else nn.functional.avg_pool3d
+    window = min(window, *(n - 1 + n % 2 for n in x.shape[2:]))
+    return pool(x, window, stride=1, padding=window // 2, count_include_pad=False)
+
+
 def level_widths(width: int, levels: int, most: int = 4) -> list[int]:
     """Features a level: doubling, to at most `most` times the first.
 
@@ -254,7 +261,7 @@ def channels_last(module: nn.Module, dims: int) -> nn.Module:
 
 
 __all__ = [
-    "ConditionBias", "Decoder", "Encoder", "Fold", "Residual", "Unfold", "Up",
+    "ConditionBias", "Decoder", "Encoder", "Fold", "Residual", "Unfold", "Up", "averaged",
     "channels_last", "conv", "count_parameters", "from_blocks", "level_widths", "lopsided", "norm", "spread",
     "squeezed", "squeezes", "to_blocks",
 ]  # fmt: skip

@@ -1,75 +1,145 @@
-"""From a model to one number and one map per scan, calibrated on held-out healthy scans.
+"""A detector: models, what they are asked, and what held-out healthy scans answered.
 
-A model that restores or reconstructs: the scan is compared with its healthy twin.
-
-    images   residual = 1 - SSIM,                 score = its mean
-    volumes  residual = local mean of |x - twin|,  score = mean of the highest half per cent of the z-map
-
-The z-map says how many healthy standard deviations a residual lies above the healthy mean at that place.
-
-A model with a density: how surprising the scan is, in nats. Smooth scans surprise a density less than healthy
-ones, though they may be ill, so scores (see `medgen.tasks.calibration`) and z-maps are two-sided: |z|.
-
-    residual = local mean of -log p(x) at each voxel,  score = mean of -log p(x) over the voxels
-
-A density without a map gives the score alone, over the whole window. Everywhere else only real voxels count,
-not those that pad a small scan; a map is NaN there.
+One score says how unusual a scan is, one says where; often they are the same. Where there is only a map, the scan's
+number is the mean of the highest half per cent of its z-map, as a lesion fills little of a scan. z is how many healthy
+standard deviations a map's value lies above the healthy mean at that place (`medgen.tasks.calibration`).
 """
 
-from dataclasses import dataclass, replace
-from typing import Any, cast
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from medgen.bundle import Bundle
 from medgen.data.dataset import Batch, ScanDataset
-from medgen.errors import BundleError, CapabilityError
-from medgen.metrics.image import local_mean, ssim_map
-from medgen.models.abilities import Ability, MapsDensity, Reconstructs, Restores
-from medgen.models.base import Model, can, each_class
-from medgen.scores.likelihoods import DENSITIES, given, log_density
-from medgen.tasks.calibration import Normals, normals, tail_mean
+from medgen.data.recipe import Slices
+from medgen.errors import CapabilityError
+from medgen.models.abilities import Ability
+from medgen.models.base import Model, can
+from medgen.scores import score_of
+from medgen.scores.base import Found, Healthy, Models, Score, part, prefixed
+from medgen.scores.likelihoods import DENSITIES
+from medgen.tasks.calibration import Normals, from_bundle, learned_from, tail_mean
 from medgen.tasks.capabilities import families_that
+from medgen.tasks.slicewise import in_slices
 
-# Windows in voxels; beyond so many maps the spread at a voxel is known well enough.
-_SSIM_WINDOW, _LOCAL_WINDOW = 7, 5
+# Beyond so many maps the spread at a voxel is known well enough.
 _MOST_MAPS = {2: 512, 3: 64}
+# Scans examined at a time.
+_BATCH = {2: 64, 3: 1}
 _TWINS: tuple[Ability, ...] = ("restores", "reconstructs")
 
 
 @dataclass(frozen=True, eq=False)
-class Detector:
-    """A bundle's model with what it knows of healthy scans.
+class Questions:
+    """What a detector's models are asked about a scan.
 
     Args:
-        model: restores, reconstructs or has a density.
-        scores: of held-out healthy scans.
-        normals: their residual maps; None with fewer than three, or where the model makes none.
+        score: how unusual it is; None: as the highest part of its z-map is.
+        where: how unusual each voxel is; None: nobody can say.
     """
 
-    model: Model
-    scores: Float[np.ndarray, " n"]
-    normals: Normals | None
+    score: Score | None
+    where: Score | None
+
+    @classmethod
+    def of(cls, score: dict[str, Any] | None, where: dict[str, Any] | None) -> "Questions":
+        """From plain values."""
+        return cls(*(None if one is None else score_of(one) for one in (score, where)))
+
+    def plain(self) -> dict[str, Any]:
+        """Plain values, for JSON."""
+        told = {"score": self.score, "map": self.where}
+        return {name: None if one is None else one.model_dump(mode="json") for name, one in told.items()}
+
+    @property
+    def each(self) -> dict[str, Score]:
+        """Those that are asked, by name, the same question once."""
+        asked = {"score": self.score, "map": None if self.where == self.score else self.where}
+        return {name: one for name, one in asked.items() if one is not None}
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether low scores are as unusual as high ones."""
+        return self.score is not None and self.score.two_sided
+
+
+def usual_questions(model: Model, *, sliced: bool = False) -> Questions:
+    """What suits a model that was trained by itself: its marks, its healthy twin, or its density.
+
+    Raises:
+        CapabilityError: the model neither marks, restores nor reconstructs, and has no density.
+    """
+    volumes = sliced or model.config.dims == 3
+    if can(model, "marks"):
+        return Questions.of(None, {"do": "marks"})
+    if can(model, *_TWINS):
+        return Questions.of(None if volumes else {"do": "residual"}, {"do": "residual"})
+    if can(model, *DENSITIES):
+        return Questions.of({"do": "surprise"}, {"do": "surprise"} if can(model, "maps_density") else None)
+    raise CapabilityError(
+        f"{model.config.kind} cannot score anomalies: it neither restores nor reconstructs, and has no density. "
+        f"Models that can: {families_that('marks', *_TWINS, *DENSITIES)}."
+    )
+
+
+def can_score(model: Model) -> bool:
+    """Whether a model says at all how unusual a scan is."""
+    return can(model, "marks", *_TWINS, *DENSITIES)
+
+
+@dataclass(frozen=True, eq=False)
+class Detector:
+    """Models with what they are asked and what healthy scans answered.
+
+    Args:
+        models: by name.
+        questions: what they are asked.
+        known: what the scores learned of healthy training scans.
+        scores: of held-out healthy scans.
+        normals: their maps; None with fewer than three, or where nobody says where.
+        slices: how volumes are cut for models of images.
+    """
+
+    models: Models
+    questions: Questions
+    known: dict[str, Tensor] = field(default_factory=dict)
+    scores: Float[np.ndarray, " n"] = field(default_factory=lambda: np.zeros(0))
+    normals: Normals | None = None
+    slices: Slices | None = None
 
     @classmethod
     def of(cls, bundle: Bundle) -> "Detector":
         """The detector in a bundle.
 
         Raises:
-            CapabilityError: its model cannot score.
+            CapabilityError: its models cannot score.
+            BundleError: its calibration is not whole.
         """
-        require_scoring(bundle.model)
-        known = None
-        if "mean" in bundle.tensors:
-            if missing := {"scores", "maxima", "tails"} - set(bundle.calibration):
-                raise BundleError(f"bundle.json: the calibration lacks {', '.join(sorted(missing))}. Train again.")
-            told = {name: np.asarray(bundle.calibration[name]) for name in ("maxima", "tails")}
-            two_sided = not can(bundle.model, *_TWINS)
-            known = Normals(bundle.tensors["mean"].numpy(), bundle.tensors["sd"].numpy(), **told, two_sided=two_sided)
-        return cls(bundle.model, np.asarray(bundle.calibration.get("scores", [])), known)
+        told = bundle.calibration.get("questions")
+        if told is None:
+            questions = usual_questions(bundle.model, sliced=bool(bundle.recipe.slices))
+        else:
+            questions = Questions.of(told["score"], told["map"])
+        for one in questions.each.values():
+            one.check(bundle.models)
+        known = {name: t for name, t in bundle.tensors.items() if name.startswith(("score.", "map."))}
+        learned = from_bundle(bundle.calibration, bundle.tensors)
+        return cls(bundle.models, questions, known, *learned, slices=bundle.recipe.slices)
+
+    @property
+    def two_sided(self) -> bool:
+        """Whether low scores are as unusual as high ones."""
+        return self.questions.two_sided
+
+    @property
+    def makes_maps(self) -> bool:
+        """Whether it says where a scan is unusual, not only whether it is."""
+        return self.questions.where is not None
 
     def __call__(
         self,
@@ -80,129 +150,87 @@ class Detector:
         real: Bool[Tensor, "1 *space"] | None = None,
     ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
         """Score and z-map of one prepared scan and what is given with it; without healthy maps None for the map."""
-        score, residual = examined(self.model, Batch(x, cond, context, real=real))
-        if residual is None or self.normals is None:
-            return float(score), None
-        z = self.normals.z_map(residual[0].cpu().numpy()).astype(np.float32)
-        return tail_mean(z) if _scored_by_tail(self.model) else float(score), z
+        values, raw = self.examined(Batch(x, cond, context, real=real))
+        if raw is None or self.normals is None:
+            return float(values[0]), None
+        z = self.normals.z_map(raw[0]).astype(np.float32)
+        return tail_mean(z) if self.questions.score is None else float(values[0]), z
+
+    def examined(self, batch: Batch) -> tuple[Float[np.ndarray, " b"], Float[np.ndarray, "b *space"] | None]:
+        """What the scores say of a batch, and where, before healthy maps are taken into account.
+
+        Raises:
+            CapabilityError: neither a number nor a map comes of it.
+        """
+        found = {name: self._asked(name, one, batch) for name, one in self.questions.each.items()}
+        mapped = found.get("map", found.get("score") if self.makes_maps else None)
+        raw = None if mapped is None or mapped.map is None else mapped.map.float().cpu().numpy()
+        if "score" in found:
+            return found["score"].values[:, 0].cpu().double().numpy(), raw
+        if raw is None:
+            raise CapabilityError("What is asked where a scan is unusual made no map, and nothing else is asked.")
+        return np.asarray([tail_mean(one) for one in raw]), raw
+
+    def _asked(self, name: str, score: Score, batch: Batch) -> Found:
+        """One score of a batch, slice by slice where models see slices."""
+
+        def ask(batch: Batch) -> Found:
+            return score(self.models, batch, part(self.known, name))
+
+        return ask(batch) if self.slices is None else in_slices(ask, batch, self.slices)
+
+    def learned(self, healthy: Healthy) -> "Detector":
+        """The same, its scores having learned from healthy scans."""
+        known: dict[str, Tensor] = {}
+        for name, one in self.questions.each.items():
+            one.check(self.models)
+            known |= prefixed(one.learn(self.models, healthy), name)
+        return Detector(self.models, self.questions, known, slices=self.slices)
+
+    def calibrated(
+        self, healthy: ScanDataset | None, people: Mapping[str, Mapping[str, str]] = MappingProxyType({})
+    ) -> tuple[dict[str, Any], dict[str, Tensor]]:
+        """What held-out healthy scans answer, as plain numbers and tensors for a bundle.
+
+        Args:
+            healthy: scans that neither models nor scores have learned from; None where there are none.
+            people: covariates of each case, as words.
+
+        Raises:
+            DataError: a score is not finite.
+        """
+        if healthy is None:
+            return {"questions": self.questions.plain(), "scores": [], "scans": 0}, dict(self.known)
+        healthy = healthy.volumes()
+        dims = healthy[0]["x"].ndim - 1
+        values: list[float] = []
+        maps: list[np.ndarray] = []
+        cases: list[str] = []
+        for batch in healthy.batches(_BATCH[dims]):
+            scores, raw = self.examined(batch)
+            values += scores.tolist()
+            cases += batch.cases
+            if raw is not None:
+                maps.append(raw[: max(0, _MOST_MAPS[dims] - sum(map(len, maps)))])
+        every = np.concatenate(maps) if maps else None
+        told = [people.get(case, {}) for case in cases]
+        two_sided = self.questions.where is not None and self.questions.where.two_sided
+        given = np.zeros(0) if self.questions.score is None else np.asarray(values)
+        numbers, tensors = learned_from(given, every, two_sided=two_sided, people=told)
+        if not numbers["scores"]:  # too few maps for a healthy spread: the tails of the maps as they are
+            numbers, tensors = learned_from(np.asarray(values), None, people=told)
+        return {"questions": self.questions.plain(), **numbers}, {**self.known, **tensors}
 
 
-def require_scoring(model: Model) -> None:
-    """Refuse a model that cannot score anomalies, naming families that can.
+@dataclass(frozen=True, eq=False)
+class Batches:
+    """All scans of a dataset in batches, once for every call."""
 
-    Raises:
-        CapabilityError: the model neither restores, nor reconstructs, nor has a density.
-    """
-    if not can_score(model):
-        raise CapabilityError(
-            f"{model.config.kind} cannot score anomalies: it neither restores nor reconstructs, and has no density. "
-            f"Models that can: {families_that(*_TWINS, *DENSITIES)}."
-        )
+    data: ScanDataset
+
+    def __call__(self) -> Iterator[Batch]:
+        """From the beginning."""
+        return self.data.batches(_BATCH[self.data[0]["x"].ndim - 1])
 
 
-def can_score(model: Model) -> bool:
-    """Whether a model says at all how unusual a scan is."""
-    return can(model, *_TWINS, *DENSITIES)
-
-
-def makes_maps(model: Model) -> bool:
-    """Whether a model says where a scan is unusual, not only whether it is."""
-    return can(model, *_TWINS, "maps_density")
-
-
-@torch.no_grad()
-def examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *space"] | None]:
-    """Mean residual of each scan, and the residual map, NaN where no voxel is real; None without maps.
-
-    A model of several classes is asked about each; the one that suits the scan best counts, whatever the
-    scan's label says, so labelled and unlabelled scans are scored alike.
-
-    Raises:
-        CapabilityError: the model cannot score.
-    """
-    require_scoring(model)
-    batch = batch.to(model.device)
-    hypotheses = each_class(model.config, batch.cond, len(batch.x), model.device)
-    found = [_examined(model, replace(batch, cond=cond)) for cond in hypotheses]
-    scores = torch.stack([score for score, _ in found])
-    nearest, rows = scores.argmin(0), torch.arange(len(batch.x), device=scores.device)
-    maps = [residual for _, residual in found if residual is not None]
-    return scores[nearest, rows], torch.stack(maps)[nearest, rows] if maps else None
-
-
-# -- one hypothesis ------------------------------------------------------------------------------------
-
-
-def _examined(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[Tensor, "b *space"] | None]:
-    """Mean residual and residual map under the batch's own condition."""
-    if can(model, *_TWINS):
-        residual = _difference(batch.x, _twin(model, batch))
-        return _mean(residual, batch.real), _hidden(residual, batch.real)
-    if not can(model, "maps_density"):
-        return -batch.x.shape[1] * log_density(model, batch)[0], None
-    surprise = -cast(MapsDensity, model).log_prob_map(batch.x, batch.cond, **given(batch))
-    return _mean(surprise[:, 0], batch.real), _hidden(_local(surprise, batch.real)[:, 0], batch.real)
-
-
-def _twin(model: Model, batch: Batch) -> Tensor:
-    told = given(batch)
-    if can(model, "restores"):
-        return cast(Restores, model).restore(batch.x, cond=batch.cond, **told).clamp(0, 1)
-    return cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **told).clamp(0, 1)
-
-
-def _difference(x: Float[Tensor, "b c *space"], twin: Float[Tensor, "b c *space"]) -> Float[Tensor, "b *space"]:
-    if x.ndim == 4:
-        return (1 - ssim_map(x, twin, window=_SSIM_WINDOW))[:, 0]
-    return local_mean((x - twin).abs(), _LOCAL_WINDOW).mean(1)
-
-
-def _local(values: Float[Tensor, "b 1 *space"], real: Tensor | None) -> Float[Tensor, "b 1 *space"]:
-    """Mean over the real voxels around each voxel."""
-    if real is None:
-        return local_mean(values, _LOCAL_WINDOW)
-    weight = real[:, None].to(values)
-    return local_mean(values * weight, _LOCAL_WINDOW) / local_mean(weight, _LOCAL_WINDOW).clamp(min=1e-6)
-
-
-def _mean(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tensor, " b"]:
-    """Mean of each map over its real voxels."""
-    if real is None:
-        return values.flatten(1).mean(1)
-    return (values * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp(min=1)
-
-
-def _hidden(values: Float[Tensor, "b *space"], real: Tensor | None) -> Float[Tensor, "b *space"]:
-    return values if real is None else values.masked_fill(~real, torch.nan)
-
-
-def _scored_by_tail(model: Model) -> bool:
-    return model.config.dims == 3 and can(model, *_TWINS)
-
-
-# -- calibration ---------------------------------------------------------------------------------------
-
-
-def calibrate(model: Model, healthy: ScanDataset) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """What held-out healthy scans score, as plain numbers and tensors for a bundle.
-
-    Raises:
-        CapabilityError: the model cannot score.
-    """
-    means: list[float] = []
-    maps: list[np.ndarray] = []
-    for batch in healthy.batches(1 if model.config.dims == 3 else 64):
-        scores, residual = examined(model, batch)
-        means += scores.tolist()
-        if residual is not None:
-            maps.append(residual[: max(0, _MOST_MAPS[model.config.dims] - sum(map(len, maps)))].cpu().numpy())
-    if len(means) < 3 or not maps:
-        return {"scores": means, "scans": len(means)}, {}
-    learnt = normals(np.concatenate(maps), two_sided=not can(model, *_TWINS))
-    tails = learnt.tails.tolist()
-    numbers = {"scores": tails if _scored_by_tail(model) else means, "maxima": learnt.maxima.tolist(), "tails": tails}
-    numbers["scans"] = len(numbers["scores"])
-    return numbers, {"mean": torch.from_numpy(learnt.mean), "sd": torch.from_numpy(learnt.sd)}
-
-
-__all__ = ["Detector", "calibrate", "can_score", "examined", "makes_maps", "require_scoring"]
+__all__ = ["Batches", "Detector", "Questions", "can_score", "usual_questions"]

@@ -1,7 +1,7 @@
 """`medgen train`: from a folder of scans to a bundle."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -22,10 +22,12 @@ from medgen.models.abilities import Samples
 from medgen.models.base import Model, can
 from medgen.nets.blocks import count_parameters
 from medgen.report.pictures import contact_sheet
+from medgen.scan import Scan
+from medgen.scores.base import Healthy
 from medgen.seeds import derived_seed
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.detector import calibrate, can_score
-from medgen.tasks.plan import Choices, Plan, plan_training
+from medgen.tasks.detector import Batches, Detector, can_score, usual_questions
+from medgen.tasks.plan import Choices, Part, Plan, plan_training
 from medgen.tasks.quality import quality, temperature_of
 from medgen.tasks.workspace import Workspace
 from medgen.training.doctor import complaints
@@ -94,38 +96,17 @@ def learn(
     train_set = ScanDataset(plan.manifest.split("train"), plan.recipe, **told, options=options)
     val_rows = plan.manifest.split("val")
     val_set = ScanDataset(val_rows, plan.recipe, **told, options=options) if len(val_rows) else None
-    torch_seed = torch.Generator().manual_seed(seed)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_seed)))
-        model = build(plan.model)
-    settings = _timed(plan, model, train_set, work, device)
-    size = f"{count_parameters(model):,} parameters; at most {settings.images:,} images"
-    note(
-        f"Learning {len(train_set)} scans of {' x '.join(map(str, plan.model.shape))} voxels with {plan.preset} "
-        f"({size if model.players() else 'in closed form'})."
-    )
-    seconds = None if plan.minutes is None else 60 * plan.minutes
-    reached = fit(
-        model,
-        train_set,
-        val_set,
-        settings,
-        seed=seed,
-        device=device,
-        state_folder=work.folder / "training",
-        seconds=seconds,
-    )
-    model.finalise(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
+    models, facts = {}, {}
+    for part in plan.parts:
+        models[part.name], facts[part.name] = _trained(part, plan, work, (train_set, val_set), seed=seed, device=device)
     trained = time.monotonic()
-    health = model.health(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
-    warnings = complaints(health)
-    for sentence in warnings:
-        note(sentence)
     contract = _contract(plan, train_set)
-    calibration, tensors, metrics = _measured(model, _held_out(plan, options))
-    model.cpu()
+    healthy = Healthy(Batches(train_set), Batches(val_set or train_set))
+    calibration, tensors, metrics = _measured(plan, models, healthy, _held_out(plan, options))
+    for model in models.values():
+        model.cpu()
     bundle = Bundle(
-        models={"model": model},
+        models=models,
         recipe=plan.recipe,
         contract=contract,
         calibration=calibration,
@@ -133,63 +114,122 @@ def learn(
         licence=licence,
         training={
             "preset": plan.preset,
-            "scans": len(train_set),
+            "scans": len(train_set.volumes()),
             "patients": len(plan.manifest.split("train").patients),
             "manifest_sha256": plan.manifest.hash(),
             "labels": sorted({row.label for row in plan.manifest.rows}),
             "domains": sorted({row.domain for row in plan.manifest.rows}),
-            "images_seen": reached.trained,
-            "best_images_seen": reached.best_seen,
-            "stopped": _why_stopped(reached, settings),
             "seed": seed,
             "train_seconds": round(trained - begun, 2),
             "minutes": round((time.monotonic() - begun) / 60, 2),
             "device": "cuda" if torch.cuda.is_available() and device in ("auto", "cuda") else "cpu",
-            "fit": settings.model_dump(mode="json"),
-            "health": health,
-            "warnings": warnings,
-            "history": reached.history,
+            **_together(facts),
         },
         metrics=metrics,
     )
     place = place or work.folder
     place.mkdir(parents=True, exist_ok=True)
     bundle.save(place)
-    if can(model, "samples"):
+    if can(bundle.model, "samples"):
         masks = masks_of(plan.manifest, plan.recipe, options) if told["context"] else []
         preview(bundle, place / "preview.png", masks, seed=seed)
     return Bundle.load(place)
 
 
+def _trained(
+    part: Part, plan: Plan, work: Workspace, scans: tuple[ScanDataset, ScanDataset | None], *, seed: int, device: str
+) -> tuple[Model, dict[str, Any]]:
+    """One model, and how its training went."""
+    train_set, val_set = scans
+    torch_seed = torch.Generator().manual_seed(seed)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(int(torch.randint(2**31, (1,), generator=torch_seed)))
+        model = build(part.model)
+    settings = _timed(part, plan.minutes, model, train_set, work, device)
+    size = f"{count_parameters(model):,} parameters; at most {settings.images:,} images"
+    note(
+        f"Learning {len(train_set)} scans of {' x '.join(map(str, part.model.shape))} voxels with {part.preset} "
+        f"({size if model.players() else 'in closed form'})."
+    )
+    reached = fit(
+        model,
+        train_set,
+        val_set,
+        settings,
+        seed=seed,
+        device=device,
+        state_folder=work.folder / "training" / ("" if len(plan.parts) == 1 else part.name),
+        seconds=None if plan.minutes is None else 60 * plan.minutes * part.share,
+    )
+    model.finalise(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
+    health = model.health(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
+    warnings = complaints(health)
+    for sentence in warnings:
+        note(sentence)
+    return model, {
+        "images_seen": reached.trained,
+        "best_images_seen": reached.best_seen,
+        "stopped": _why_stopped(reached, settings),
+        "fit": settings.model_dump(mode="json"),
+        "health": health,
+        "warnings": warnings,
+        "history": reached.history,
+        # Anomalies of these kinds say nothing about how well a detector finds others.
+        "anomaly_kinds": sorted(getattr(part.model, "kinds", ())),
+    }
+
+
+def _together(facts: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """How training went: of one model its own facts, of several those by name and what they share."""
+    if len(facts) == 1:
+        return next(iter(facts.values()))
+    every = facts.values()
+    return {
+        "images_seen": sum(one["images_seen"] for one in every),
+        "warnings": [sentence for one in every for sentence in one["warnings"]],
+        "anomaly_kinds": sorted({kind for one in every for kind in one["anomaly_kinds"]}),
+        "parts": dict(facts),
+    }
+
+
 def preview(bundle: Bundle, path: Path, masks: Sequence[Tensor] = (), *, seed: int) -> None:
     """A contact sheet of generated scans, classes in turn, for `masks` in turn where the model is given one."""
-    count, config = (12 if bundle.contract.planar else 4), bundle.model.config
+    config = bundle.model.config
+    count = 12 if config.dims == 2 else 4
     labels = [config.classes[n % len(config.classes)] if config.classes else "" for n in range(count)]
     cells = [drawn_cells(told_of(config)["covariates"], derived_seed(seed, n)) for n in range(count)]
     given = {"context": torch.stack([masks[n % len(masks)] for n in range(count)])} if masks else {}
     cond = conditions_for(config, labels, cells)
     values = cast(Samples, bundle.model).sample(count, seed=seed, cond=cond, **given).clamp(0, 1).numpy()
-    scans = [bundle.contract.physical_scan(value) for value in values]
+    if bundle.recipe.slices:
+        scans = [Scan(value[..., None], Grid((*value.shape[1:], 1), np.eye(4))) for value in values]
+    else:
+        scans = [bundle.contract.physical_scan(value) for value in values]
     contact_sheet(scans, path, title=f"SYNTHETIC: generated by {bundle.name}, seed {seed}")
 
 
 # -- decisions -----------------------------------------------------------------------------------
 
 
-def _timed(plan: Plan, model: Model, train_set: ScanDataset, work: Workspace, device: str) -> FitConfig:
+def _timed(
+    part: Part, minutes: float | None, model: Model, train_set: ScanDataset, work: Workspace, device: str
+) -> FitConfig:
     """The training config with as many images as fit the minutes; decided once for a run."""
-    if plan.minutes is None or not model.players():
-        return plan.fit
-    if "images" not in work.journal:
-        possible, seconds = images_in(0.8 * plan.minutes, model, train_set, plan.fit, device=device)
-        work.journal["images"] = min(plan.fit.images, possible)
+    if minutes is None or not model.players():
+        return part.fit
+    decided = work.journal.setdefault("images", {})
+    if part.name not in decided:
+        allowed = minutes * part.share
+        possible, seconds = images_in(0.8 * allowed, model, train_set, part.fit, device=device)
+        decided[part.name] = min(part.fit.images, possible)
         work.record()
-        note(f"One image takes {seconds:.3f} s here: {possible:,} images fit {plan.minutes:g} minutes.")
-    return plan.fit.model_copy(update={"images": work.journal["images"]})
+        note(f"One image takes {seconds:.3f} s here: {possible:,} images fit {allowed:.3g} minutes.")
+    return part.fit.model_copy(update={"images": decided[part.name]})
 
 
 def _contract(plan: Plan, train_set: ScanDataset) -> Contract:
-    scales = torch.stack([train_set[n]["scale"] for n in range(len(train_set))])
+    scans = train_set.volumes()
+    scales = torch.stack([scans[n]["scale"] for n in range(len(scans))])
     slope, intercept = scales.median(0).values.tolist()
     found = plan.found
     return Contract(
@@ -234,14 +274,25 @@ def _held_out(plan: Plan, options: ReadOptions) -> ScanDataset | None:
         return None
 
 
-def _measured(model: Model, held: ScanDataset | None) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
-    """What held-out healthy scans score, as numbers and tensors; and how good the model is on them."""
+def _measured(
+    plan: Plan, models: Mapping[str, Model], healthy: Healthy, held: ScanDataset | None
+) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, float]]:
+    """What held-out healthy scans score, as numbers and tensors; and how good the models are on them."""
+    calibration, tensors, metrics = {}, {}, {}
+    first = next(iter(models.values()))
+    if plan.questions or can_score(first):
+        questions = plan.questions or usual_questions(first, sliced=bool(plan.recipe.slices))
+        detector = Detector(models, questions, slices=plan.recipe.slices).learned(healthy)
+        people = {row.case: row.covariates for row in plan.manifest.rows}
+        calibration, tensors = detector.calibrated(held, people)
     if held is None:
-        return {}, {}, {}
-    calibration, tensors = calibrate(model, held) if can_score(model) else ({}, {})
-    if temperature := temperature_of(model, held):
+        return calibration, tensors, metrics
+    if temperature := temperature_of(first, held):
         calibration = {**calibration, "temperature": temperature}
-    return calibration, tensors, {f"held_out_{name}": value for name, value in quality(model, held).items()}
+    for name, model in models.items():
+        prefix = "held_out" if len(models) == 1 else f"held_out_{name}"
+        metrics |= {f"{prefix}_{key}": value for key, value in quality(model, held).items()}
+    return calibration, tensors, metrics
 
 
 def _why_stopped(reached: Progress, settings: FitConfig) -> str:

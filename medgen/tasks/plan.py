@@ -10,16 +10,17 @@ from medgen import io
 from medgen.config import Preset, load_preset, preset_for, typed
 from medgen.data.fingerprint import Fingerprint, auto_recipe, fingerprint
 from medgen.data.manifest import Manifest, index
-from medgen.data.recipe import Recipe, Respace
+from medgen.data.recipe import Plane, Recipe, Respace
 from medgen.data.window import flat
 from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.models import family
-from medgen.models.base import ModelConfig
+from medgen.models.base import Model, ModelConfig
 from medgen.scan import Scan
 from medgen.tasks.capabilities import takes
 from medgen.tasks.conditions import check_context, condition_fields
+from medgen.tasks.detector import Questions
 from medgen.training.fit import FitConfig
 
 # Scans read to find a recipe; a fingerprint needs no more.
@@ -56,26 +57,55 @@ class Choices:
 
 
 @dataclass(frozen=True, eq=False)
+class Part:
+    """One model of a run.
+
+    Args:
+        name: of the model in the bundle.
+        preset: name of its preset.
+        model: its config.
+        fit: how to train it.
+        share: of the training time, at most 1.
+    """
+
+    name: str
+    preset: str
+    model: ModelConfig
+    fit: FitConfig
+    share: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
 class Plan:
     """What a training run will do, before it does it.
 
     Args:
         manifest: the scans, with splits.
         preset: name of the preset.
-        model: config of the model.
+        parts: the models.
         recipe: from scan to model input.
-        fit: how to train.
+        questions: what detectors ask the models; None: what suits the model.
         found: the scans' fingerprint.
         minutes: training time to keep within, None for no bound.
     """
 
     manifest: Manifest
     preset: str
-    model: ModelConfig
+    parts: tuple[Part, ...]
     recipe: Recipe
-    fit: FitConfig
+    questions: Questions | None
     found: Fingerprint
     minutes: float | None
+
+    @property
+    def model(self) -> ModelConfig:
+        """Config of the only model, or of the first."""
+        return self.parts[0].model
+
+    @property
+    def fit(self) -> FitConfig:
+        """How the only model, or the first, is trained."""
+        return self.parts[0].fit
 
     def describe(self) -> dict[str, Any]:
         """Plain values for people and for JSON."""
@@ -84,11 +114,15 @@ class Plan:
             "scans": counts,
             "classes": list(self.model.classes),
             "preset": self.preset,
-            "model": self.model.model_dump(mode="json"),
+            **(self._part(self.parts[0]) if len(self.parts) == 1 else {p.name: self._part(p) for p in self.parts}),
+            **({} if self.questions is None else self.questions.plain()),
             "recipe": self.recipe.model_dump(mode="json"),
-            "fit": self.fit.model_dump(mode="json"),
             "minutes": self.minutes,
         }
+
+    def _part(self, part: Part) -> dict[str, Any]:
+        told = {"model": part.model.model_dump(mode="json"), "fit": part.fit.model_dump(mode="json")}
+        return told if len(self.parts) == 1 else {"preset": part.preset, "share": part.share, **told}
 
 
 @dataclass(frozen=True, eq=False)
@@ -138,21 +172,64 @@ def planned(look: Look, choices: Choices = Choices()) -> Plan:
     """
     found, manifest = look.found, look.manifest
     name, preset = _preset(choices, look.dims)
-    kind = family(str(preset.model.get("kind")))
-    given = {"channels": found.channels, "classes": _classes(manifest)}
-    given |= condition_fields(kind.Config, manifest, choices.covariates, choices.context)
-    values = {**given, **preset.model}
-    recipe = _recipe(preset, found, kind.stride(values))
-    if takes(kind.Config, "spacing") and "spacing" not in values:
-        # How far voxels lie apart decides the stride, which has a say in how far they may.
-        values["spacing"] = _spacing(recipe, found)[: look.dims]
-        recipe = _recipe(preset, found, kind.stride(values))
-    if recipe.shape is None:
+    dims, planes = preset.about.dims, _planes(preset, look)
+    drafts = list(_drafts(name, preset, look, choices))
+    recipe = _recipe(preset, found, _multiple(drafts, dims), planes)
+    for draft in drafts:
+        if takes(draft.kind.Config, "spacing") and "spacing" not in draft.values:
+            # How far voxels lie apart decides the stride, which has a say in how far they may.
+            draft.values["spacing"] = _spacing(recipe, found)[:dims]
+            recipe = _recipe(preset, found, _multiple(drafts, dims), planes)
+    if recipe.seen is None:
         raise ConfigError(f"{name}: the recipe needs a crop_or_pad step, so that every scan has one shape.")
-    config = typed(kind.Config, {"shape": recipe.shape[: look.dims], **values}, name, "model")
-    check_context(config, manifest)
-    settings = typed(FitConfig, preset.fit, name, "fit")
-    return Plan(manifest, name, config, recipe, settings, found, choices.minutes)
+    if len(recipe.seen) != dims:
+        seen = " x ".join(map(str, recipe.seen))
+        raise ConfigError(f"{name} is for {dims}D, but its recipe makes {seen}. Volumes need a slices step for 2D.")
+    total, parts = sum(draft.share for draft in drafts), []
+    for draft in drafts:
+        config = typed(draft.kind.Config, {"shape": recipe.seen, **draft.values}, draft.preset, "model")
+        check_context(config, manifest)
+        settings = typed(FitConfig, draft.fit, draft.preset, "fit")
+        parts.append(Part(draft.name, draft.preset, config, settings, draft.share / total))
+    asked = Questions.of(preset.score, preset.map or preset.score) if preset.score or preset.map else None
+    return Plan(manifest, name, tuple(parts), recipe, asked, found, choices.minutes)
+
+
+@dataclass(frozen=True, eq=False)
+class _Draft:
+    """A model before the scans' shape is known."""
+
+    name: str
+    preset: str
+    kind: type[Model]
+    values: dict[str, Any]
+    fit: dict[str, Any]
+    share: float = 1.0
+
+
+def _drafts(name: str, preset: Preset, look: Look, choices: Choices) -> Iterator[_Draft]:
+    """The models of a preset, with what follows from the scans."""
+    given = {"channels": look.found.channels}
+    if not preset.models:
+        kind = family(str(preset.model.get("kind")))
+        given |= {"classes": _classes(look.manifest)}
+        given |= condition_fields(kind.Config, look.manifest, choices.covariates, choices.context)
+        yield _Draft("model", name, kind, {**given, **preset.model}, preset.fit)
+        return
+    if choices.covariates or choices.context:
+        raise ConfigError(f"{name}: a detector of several models is told nothing besides the scan. Leave that out.")
+    for part, told in preset.models.items():
+        theirs = load_preset(preset_for(told.preset, preset.about.dims))
+        values = {**given, **theirs.model, **told.model}
+        kind = family(str(values.get("kind")))
+        yield _Draft(part, told.preset, kind, values, {**theirs.fit, **told.fit}, told.share)
+
+
+def _multiple(drafts: Sequence[_Draft], dims: int) -> tuple[int, ...]:
+    """What every axis of a scan must be a multiple of, for all models."""
+    strides = [draft.kind.stride(draft.values) for draft in drafts]
+    each = [(stride,) * dims if isinstance(stride, int) else stride for stride in strides]
+    return tuple(lcm(*axis) for axis in zip(*each, strict=True))
 
 
 def shared_recipe(look: Look, choices: Sequence[Choices]) -> Recipe:
@@ -162,23 +239,30 @@ def shared_recipe(look: Look, choices: Sequence[Choices]) -> Recipe:
         ConfigError: a preset does not fit.
     """
     presets = [_preset(one, look.dims)[1] for one in choices]
-    configs = [planned(look, one).model for one in choices]
+    kinds = {(preset.about.dims, _planes(preset, look)) for preset in presets}
+    if len(kinds) > 1:
+        raise ConfigError("Some presets see volumes, others slices, or other slices. Compare those that see the same.")
+    dims, planes = next(iter(kinds))
+    configs = [part.model for one in choices for part in planned(look, one).parts]
     strides = [family(one.kind).stride(one.model_dump()) for one in configs]
-    each = [(stride,) * look.dims if isinstance(stride, int) else stride for stride in strides]
+    each = [(stride,) * dims if isinstance(stride, int) else stride for stride in strides]
     multiple = tuple(lcm(*axis) for axis in zip(*each, strict=True))
-    return auto_recipe(look.found, multiple=multiple, max_voxels=min(preset.max_voxels for preset in presets))
+    most = min(preset.max_voxels for preset in presets)
+    return auto_recipe(look.found, multiple=multiple, max_voxels=most, planes=planes)
 
 
 def _preset(choices: Choices, dims: int) -> tuple[str, Preset]:
     """The preset, for images or volumes as asked."""
     name = str(preset_for(choices.preset or "vae", dims))
     preset = load_preset(name, choices.overrides)
-    if preset.about.dims != dims:
-        kind = {2: "images", 3: "volumes"}[dims]
-        raise ConfigError(
-            f"Preset {name!r} is for {preset.about.dims}D; these are {kind}. Run `medgen models` for others."
-        )
+    if preset.about.dims > dims:
+        raise ConfigError(f"Preset {name!r} is for 3D; these are images. Run `medgen models` for others.")
     return name, preset
+
+
+def _planes(preset: Preset, look: Look) -> tuple[Plane, ...]:
+    """The slices that a preset for images sees of volumes; none of images, nor where it is for volumes."""
+    return preset.planes if preset.about.dims < look.dims else ()
 
 
 def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manifest:
@@ -223,12 +307,12 @@ def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:
         raise DataError(f"None of {len(manifest)} scans in {manifest.root.name} could be read; the first: {first}")
 
 
-def _recipe(preset: Preset, found: Fingerprint, stride: int | tuple[int, ...]) -> Recipe:
+def _recipe(preset: Preset, found: Fingerprint, stride: int | tuple[int, ...], planes: Sequence[Plane] = ()) -> Recipe:
     if isinstance(preset.recipe, Recipe):
         return preset.recipe
     if preset.recipe != "auto":
         raise ConfigError(f"recipe: takes 'auto' or steps; found {preset.recipe!r}.")
-    return auto_recipe(found, multiple=stride, max_voxels=preset.max_voxels)
+    return auto_recipe(found, multiple=stride, max_voxels=preset.max_voxels, planes=planes)
 
 
 def _classes(manifest: Manifest) -> tuple[str, ...]:
@@ -242,4 +326,4 @@ def _spacing(recipe: Recipe, found: Fingerprint) -> tuple[float, float, float]:
     return respaced[-1] if respaced else found.spacing
 
 
-__all__ = ["Choices", "Look", "Plan", "look_at", "plan_training", "planned", "shared_recipe"]
+__all__ = ["Choices", "Look", "Part", "Plan", "look_at", "plan_training", "planned", "shared_recipe"]
