@@ -61,7 +61,7 @@ def test_planes_are_those_of_anatomy():
 
 
 def test_a_frame_holds_every_plane_in_its_middle():
-    slices = Slices(planes=("axial",))
+    slices = Slices(planes=PLANES)
     assert slices.frame(SHAPE) == (10, 10)
     x = volume()[0, 0]
     coronal = next(place for place in slices.places(SHAPE) if place.name == "coronal/4")
@@ -93,7 +93,7 @@ def test_strides_of_a_volume_make_those_of_its_slices(planes, stride):
 
 def test_a_recipe_with_slices_prepares_the_same_volume_and_says_what_a_model_sees():
     steps = (Orient(), CropOrPad(shape=SHAPE), Window(low=0, high=1))
-    whole, sliced = Recipe(steps=steps), Recipe(steps=(*steps, Slices(planes=("axial",))))
+    whole, sliced = Recipe(steps=steps), Recipe(steps=(*steps, Slices(planes=PLANES)))
     scan = Scan(volume()[0].numpy(), Grid(SHAPE, np.diag([2.0, 2, 2, 1])))
     assert np.array_equal(whole(scan).voxels, sliced(scan).voxels)
     assert (whole.seen, sliced.seen, sliced.shape) == (SHAPE, (10, 10), SHAPE)
@@ -279,7 +279,7 @@ def test_the_map_of_three_planes_is_their_mean():
         numbers = torch.tensor([float(case.rpartition("/")[2]) for case in batch.cases])
         return Found(numbers[:, None], numbers[:, None, None].expand_as(batch.x[:, 0]))
 
-    drawn = slicewise(numbered, Batch(volume()), Slices(planes=("axial",)))[1]
+    drawn = slicewise(numbered, Batch(volume()), Slices(planes=PLANES))[1]
     i, j, k = np.meshgrid(*[np.arange(n) for n in SHAPE], indexing="ij")
     assert drawn is not None
     assert np.allclose(drawn.numpy(), (i + j + k) / 3, atol=1e-6)
@@ -288,7 +288,7 @@ def test_the_map_of_three_planes_is_their_mean():
 def test_what_no_plane_scored_is_nan_and_what_one_scored_is_not():
     x, real = volume(), torch.zeros(1, *SHAPE, dtype=torch.bool)
     real[:, 1:5, 2:9, 3:6] = True
-    values, drawn = slicewise(brightness, Batch(x, real=real), Slices(planes=("axial",)))
+    values, drawn = slicewise(brightness, Batch(x, real=real), Slices(planes=PLANES))
     assert drawn is not None
     assert torch.equal(drawn.isfinite(), real[0])
     assert torch.allclose(drawn[real[0]], x[:, 0][real], atol=1e-6)
@@ -307,7 +307,7 @@ def test_what_no_plane_scored_is_nan_and_what_one_scored_is_not():
 
 def test_empty_slices_are_in_the_map_but_not_in_the_number():
     """A score may say anything of a slice that shows nothing; a slice that was lost is still seen."""
-    x, slices = volume() / 2 + 0.5, Slices(planes=("axial",))
+    x, slices = volume() / 2 + 0.5, Slices(planes=PLANES)
     x[..., 3] = 0
 
     def emptiness(batch: Batch) -> Found:
@@ -346,7 +346,7 @@ def test_volumes_are_scored_one_by_one_with_what_is_known_of_each():
 
 def test_a_model_of_images_learns_and_scores_volumes(few):
     """From files by way of a trained denoiser to a map: bright where a volume was painted."""
-    told, slices = recipe(PLANES), Slices(planes=("axial",))
+    told, slices = recipe(PLANES), Slices(planes=PLANES)
     data = ScanDataset(index(few), told)
     model = build(config_of({"kind": "autoencoder", "shape": told.seen, "width": 8, "latent": 8, "levels": 2}))
     model.initialise(next(data.batches(len(data))))
