@@ -307,7 +307,7 @@ def test_what_no_plane_scored_is_nan_and_what_one_scored_is_not():
 
 def test_empty_slices_are_in_the_map_but_not_in_the_number():
     """A score may say anything of a slice that shows nothing; a slice that was lost is still seen."""
-    x, slices = volume() / 2 + 0.5, Slices(planes=PLANES)
+    x, slices = volume() / 2 + 0.5, Slices(planes=("axial",))
     x[..., 3] = 0
 
     def emptiness(batch: Batch) -> Found:
