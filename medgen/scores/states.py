@@ -92,7 +92,8 @@ class DensityOfStates(Score):
             columns.append(rows)
             known |= prefixed(maps, f"{number}.map")
         rows = torch.cat(columns, 1)
-        return known | {"rows": rows, "own": prints, "left_out": self._left_out(rows)}
+        left_out = self._left_out(rows, [one.shape[1] for one in columns])
+        return known | {"rows": rows, "own": prints, "left_out": left_out}
 
     @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
@@ -106,18 +107,21 @@ class DensityOfStates(Score):
             if found.map is not None and places:
                 z = place_z(found.map[:, None], places, (own >= 0).to(found.map.device))[:, 0]
                 maps.append((z.abs() if member.two_sided else z).to(batch.x.device))
-        values = self.together(torch.cat(columns, 1), known["rows"].cpu().double())
+        sizes = [one.shape[1] for one in columns]
+        values = self.together(torch.cat(columns, 1), known["rows"].cpu().double(), sizes)
         values = torch.where(own >= 0, known["left_out"].cpu().double()[own], values)
         shown = torch.stack(maps).mean(0) if maps else None
         return Found(values[:, None].to(batch.x), None if shown is None else hidden(shown, batch.real))
 
-    def together(self, columns: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> Float[Tensor, " b"]:
-        """How unusual rows of columns are among healthy rows."""
-        sided = self._sided()
+    def together(
+        self, columns: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"], sizes: list[int]
+    ) -> Float[Tensor, " b"]:
+        """How unusual rows of columns are among healthy rows; `sizes` are how many columns each member has."""
+        sided = self._sided(sizes)
         spreads = Spreads(healthy)
         z, usual = spreads(columns), spreads(healthy)
         if self.how == "tails":
-            return self._tails(z, usual)
+            return self._tails(z, usual, sizes)
         z, usual = (torch.where(sided, one, one.clamp(min=0)) for one in (z, usual))
         if self.how == "mahalanobis":
             return _squared(z, usual)[0].sqrt()
@@ -125,8 +129,7 @@ class DensityOfStates(Score):
             return _kernel_surprise(z, usual)
         return torch.cdist(z, usual).topk(min(_NEIGHBOURS, len(usual)), largest=False).values.mean(1)
 
-    def _tails(self, z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> Float[Tensor, " b"]:
-        sizes = [len(member.names) for member in self.members]
+    def _tails(self, z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"], sizes: list[int]) -> Float[Tensor, " b"]:
         columns = zip(self.members, z.split(sizes, 1), healthy.split(sizes, 1), strict=True)
         ones = [_as_one(member.two_sided, mine, others) for member, mine, others in columns]
         members, usual = (torch.stack(one, 1) for one in zip(*ones, strict=True))
@@ -135,17 +138,18 @@ class DensityOfStates(Score):
         weight = 1 / alike.square().sum(1)
         return (-torch.special.log_ndtr(-spreads(members)) * weight).sum(1) / weight.sum()
 
-    def _sided(self) -> Bool[Tensor, " k"]:
+    def _sided(self, sizes: list[int]) -> Bool[Tensor, " k"]:
         """Which columns are two-sided."""
-        return torch.tensor([member.two_sided for member in self.members for _ in member.names])
+        each = torch.tensor([member.two_sided for member in self.members])
+        return each.repeat_interleave(torch.tensor(sizes))
 
-    def _left_out(self, rows: Float[Tensor, "n k"]) -> Float[Tensor, " n"]:
+    def _left_out(self, rows: Float[Tensor, "n k"], sizes: list[int]) -> Float[Tensor, " n"]:
         """Each healthy row among the others."""
         rows = rows.double()
         turn = torch.arange(len(rows)) % _FOLDS
         found = rows.new_empty(len(rows))
         for fold in turn.unique():
-            found[turn == fold] = self.together(rows[turn == fold], rows[turn != fold])
+            found[turn == fold] = self.together(rows[turn == fold], rows[turn != fold], sizes)
         return found.float()
 
 
