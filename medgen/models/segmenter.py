@@ -14,7 +14,7 @@ While learning, a scan's own part is taken out of m and s, as it is not in them 
 """
 
 from collections.abc import Iterable
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -32,8 +32,6 @@ from medgen.nets.anomalies import KINDS, Spoilt, spoilt
 
 # Of a scan: standard deviations, voxels, of the Gaussians of which means, spreads and gradients are taken.
 _MEANS, _SPREADS, _GRADIENTS = (0.0, 1.0, 2.0, 4.0), (1.0, 2.0), (0.0, 1.5)
-# The same of what was said of a voxel before.
-_SURROUNDINGS = (0.0, 1.0, 2.0, 4.0)
 _FEATURES = len(_MEANS) + len(_SPREADS) + len(_GRADIENTS)
 # A z beyond this tells no more.
 _MOST_Z = 8.0
@@ -67,18 +65,16 @@ class Segmenter(Model):
             draws: scans with anomalies to learn from.
             voxels: to learn from in all; a third of them in anomalies.
             steps: of learning.
-            rounds: of learning: from the second on, a voxel is told what was said of its surroundings before.
             smooth: standard deviation, voxels, of the Gaussian mean taken of what the perceptron says.
         """
 
         kind: Literal["segmenter"] = "segmenter"
-        width: int = Field(default=64, ge=1)
+        width: int = Field(default=96, ge=1)
         kinds: tuple[str, ...] = KINDS
         most: int = Field(default=8, ge=1)
-        draws: int = Field(default=120, ge=1)
-        voxels: int = Field(default=600_000, ge=30)
-        steps: int = Field(default=4000, ge=1)
-        rounds: int = Field(default=2, ge=1, le=8)
+        draws: int = Field(default=240, ge=1)
+        voxels: int = Field(default=1_440_000, ge=30)
+        steps: int = Field(default=8000, ge=1)
         smooth: float = Field(default=1.5, ge=0)
 
         @field_validator("kinds")
@@ -91,17 +87,16 @@ class Segmenter(Model):
     config: "Segmenter.Config"
     mean: Tensor
     variance: Tensor
+    around: Tensor
     count: Tensor
 
     def __init__(self, config: "Segmenter.Config") -> None:
         super().__init__()
         self.config = config
         features = _FEATURES * config.channels
-        more = [0] + [len(_SURROUNDINGS)] * (config.rounds - 1)
-        self.readers = nn.ModuleList(_perceptron(4 * features + extra, config.width) for extra in more).requires_grad_(
-            False
-        )
-        for name in ("mean", "variance"):
+        first, second, last = (nn.Linear(a, b) for a, b in pairwise((4 * features, config.width, config.width, 1)))
+        self.net = nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last).requires_grad_(False)
+        for name in ("mean", "variance", "around"):
             self.register_buffer(name, torch.zeros(features, *config.shape))
         self.register_buffer("count", torch.zeros(()))
 
@@ -132,10 +127,9 @@ class Segmenter(Model):
             self._learn_healthy(scans)
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             torch.manual_seed(0)
-            for turn, reader in enumerate(self.readers):
-                with torch.no_grad():
-                    rows, ill = self._drawn(kept, turn)
-                self._learn_to_tell(reader, rows, ill)
+            with torch.no_grad():
+                rows, ill = self._drawn(kept)
+            self._learn_to_tell(rows, ill)
 
     def _learn_healthy(self, scans: list[Tensor]) -> None:
         total, squares = torch.zeros_like(self.mean), torch.zeros_like(self.mean)
@@ -146,36 +140,38 @@ class Segmenter(Model):
         self.count.fill_(len(scans))
         self.mean.copy_(total / len(scans))
         self.variance.copy_((squares / len(scans) - self.mean.square()).clamp(min=0))
+        self.around.copy_(smoothed(self.variance[None], _REACH)[0])
 
-    def _drawn(self, scans: list[Tensor], turn: int) -> tuple[Float[Tensor, "n f"], Bool[Tensor, " n"]]:
+    def _drawn(self, scans: list[Tensor]) -> tuple[Float[Tensor, "n f"], Bool[Tensor, " n"]]:
         """What is seen of voxels of scans with anomalies, and which lie in one."""
         config, rows, ill = self.config, [], []
-        share = config.voxels // config.draws
-        for draw in track(range(config.draws), "Drawing anomalies"):
-            scan = scans[draw % len(scans)]
-            others = torch.cat(list(islice(scans, draw % len(scans), draw % len(scans) + 2)))
-            drawn = spoilt(others, config.kinds, most=config.most, least=1, only_first=True)
-            places, inside = _picked(drawn, share)
-            seen = self._seen(_features(drawn.x), turn, _features(scan))[0]
-            rows.append(seen.flatten(1)[:, places].T)
-            ill.append(inside)
+        counts = [config.draws * (n + 1) // len(scans) - config.draws * n // len(scans) for n in range(len(scans))]
+        for n, scan in enumerate(track(scans, "Drawing anomalies")):
+            own = _features(scan) if counts[n] else None
+            pair = torch.cat([scan, scans[(n + 1) % len(scans)]])
+            for _ in range(counts[n]):
+                drawn = spoilt(pair, config.kinds, most=config.most, least=1, only_first=True)
+                places, inside = _picked(drawn, max(1, config.voxels // config.draws))
+                seen = self._held_against(_features(drawn.x), own)[0]
+                rows.append(seen.flatten(1)[:, places].T)
+                ill.append(inside)
         return torch.cat(rows), torch.cat(ill)
 
-    def _learn_to_tell(self, reader: nn.Module, rows: Float[Tensor, "n f"], ill: Bool[Tensor, " n"]) -> None:
-        optimizer = torch.optim.AdamW(reader.parameters(), 4e-3)
+    def _learn_to_tell(self, rows: Float[Tensor, "n f"], ill: Bool[Tensor, " n"]) -> None:
+        optimizer = torch.optim.AdamW(self.net.parameters(), 4e-3)
         steps = self.config.steps
         rising = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=max(2, steps))
         target = ill.to(rows)
-        reader.requires_grad_(True)
+        self.net.requires_grad_(True)
         for _ in track(range(steps), "Learning to tell them"):
             chosen = torch.randint(len(rows), (_ROWS_A_STEP,), device=rows.device)
-            odds = reader(rows[chosen])[:, 0]
+            odds = self.net(rows[chosen])[:, 0]
             loss = functional.binary_cross_entropy_with_logits(odds, target[chosen])
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()
             rising.step()
-        reader.requires_grad_(False)
+        self.net.requires_grad_(False)
 
     # -- marking -----------------------------------------------------------------------------------
 
@@ -185,41 +181,21 @@ class Segmenter(Model):
         return torch.cat([smoothed(self._odds(_features(one)), self.config.smooth) for one in x.split(1)])
 
     def _odds(self, found: Float[Tensor, "b f *space"]) -> Float[Tensor, "b 1 *space"]:
-        """What the last reader says."""
-        return _read(self.readers[-1], self._seen(found, len(self.readers) - 1))
-
-    def _seen(self, found: Tensor, turn: int, own: Tensor | None = None) -> Float[Tensor, "b f *space"]:
-        """What the reader of a turn sees: the comparison, and what those before it said of the surroundings."""
-        held = self._held_against(found, own)
-        seen = held
-        for reader in self.readers[:turn]:
-            odds = _read(reader, seen).clamp(-_MOST_Z, _MOST_Z) / 3
-            seen = torch.cat([held, *(smoothed(odds, sigma) for sigma in _SURROUNDINGS)], 1)
-        return seen
+        """What the perceptron says of each voxel."""
+        return self.net(self._held_against(found).movedim(1, -1)).movedim(-1, 1)
 
     def _held_against(self, found: Tensor, own: Tensor | None = None) -> Float[Tensor, "b f *space"]:
         """Features held against healthy ones, without the part that `own` has in those."""
         mean, variance, n = self.mean, self.variance, self.count.clamp(min=3)
-        around = smoothed(self.variance[None], _REACH)[0]
         if own is not None and bool(self.count > 2):
             shift, rest = own[0] - mean, n / (n - 1)
             mean, variance = mean - shift / (n - 1), (rest * (variance - shift.square() / (n - 1))).clamp(min=0)
         least = 0.01 * self.variance.flatten(1).mean(1).reshape(-1, *[1] * (found.ndim - 2)) + 1e-6
-        spread = ((_AROUND * around + (n - 1) * variance) / (_AROUND + n - 1) + least).sqrt()
+        spread = ((_AROUND * self.around + (n - 1) * variance) / (_AROUND + n - 1) + least).sqrt()
         away = found - mean
         z = (away / spread).clamp(-_MOST_Z, _MOST_Z)
         given = torch.stack([mean, spread.log()]).flatten(0, 1).expand(len(found), *[-1] * (found.ndim - 1))
         return torch.cat([z / 3, away, given], 1)
-
-
-def _perceptron(inside: int, width: int) -> nn.Sequential:
-    first, second, last = (nn.Linear(a, b) for a, b in pairwise((inside, width, width, 1)))
-    return nn.Sequential(first, nn.SiLU(), second, nn.SiLU(), last)
-
-
-def _read(reader: nn.Module, seen: Float[Tensor, "b f *space"]) -> Float[Tensor, "b 1 *space"]:
-    """What a perceptron says of each voxel."""
-    return reader(seen.movedim(1, -1)).movedim(-1, 1)
 
 
 def _features(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b f *space"]:
