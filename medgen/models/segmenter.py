@@ -210,10 +210,10 @@ def _features(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b f *space"]:
 
 def _picked(drawn: Spoilt, count: int) -> tuple[Tensor, Bool[Tensor, " n"]]:
     """`count` random voxels of the first scan, flat, and which lie in an anomaly: a third of them, where there are."""
-    inside, visible = drawn.mask[0, 0].flatten(), drawn.visible[0, 0].flatten()
+    inside, clear = drawn.mask[0, 0].flatten(), drawn.clear[0, 0].flatten()
     body = drawn.x[0].amax(0).flatten() > _AIR
-    ill, well = (inside & visible).nonzero()[:, 0], (~inside & body).nonzero()[:, 0]
-    anywhere = (~inside).nonzero()[:, 0]
+    ill, well = (inside & clear).nonzero()[:, 0], (~inside & clear & body).nonzero()[:, 0]
+    anywhere = (~inside & clear).nonzero()[:, 0]
     kinds = [(ill, count // 3), (well, count // 2), (anywhere, count)]
     picked: list[Tensor] = []
     for places, most in kinds:

@@ -36,12 +36,12 @@ class Spoilt:
     Args:
         x: (b, c, *space) the scans.
         mask: (b, 1, *space) where anomalies are.
-        visible: (b, 1, *space) False where an anomaly changed next to nothing.
+        clear: (b, 1, *space) False where an anomaly changed next to nothing, or reaches softly beyond its mask.
     """
 
     x: Float[Tensor, "b c *space"]
     mask: Bool[Tensor, "b 1 *space"]
-    visible: Bool[Tensor, "b 1 *space"]
+    clear: Bool[Tensor, "b 1 *space"]
 
 
 def spoilt(
@@ -67,7 +67,7 @@ def spoilt(
             changed[here] = _drawn(kind, changed[here], x, shape, middle, radius)
             inside[here] |= shape > 0.5
     difference = averaged((changed - wanted).abs().amax(1, keepdim=True), 3)
-    return Spoilt(changed.clamp(0, 1), inside, ~inside | (difference > _VISIBLE))
+    return Spoilt(changed.clamp(0, 1), inside, inside == (difference > _VISIBLE))
 
 
 def drawn_shape(
@@ -106,7 +106,7 @@ def _axes(space: tuple[int, ...], like: Tensor) -> Float[Tensor, "d *space"]:
 
 
 def _drawn(
-    kind: str, x: Float[Tensor, "1 c *space"], others: Float[Tensor, "b c *space"], shape: Tensor, middle: Tensor,
+    kind: str, x: Float[Tensor, "1 c *space"], others: Float[Tensor, "b c *whole"], shape: Tensor, middle: Tensor,
     radius: float,
 ) -> Float[Tensor, "1 c *space"]:  # fmt: skip
     """One scan with one anomaly."""
