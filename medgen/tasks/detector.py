@@ -6,7 +6,7 @@ standard deviations a map's value lies above the healthy mean at that place (`me
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import MappingProxyType
 from typing import Any
 
@@ -25,6 +25,7 @@ from medgen.scores.base import Found, Healthy, Models, Score, part, prefixed
 from medgen.scores.likelihoods import DENSITIES
 from medgen.tasks.calibration import Normals, from_bundle, learned_from, tail_mean
 from medgen.tasks.capabilities import families_that
+from medgen.tasks.selection import kept
 from medgen.tasks.slicewise import in_slices
 
 # Beyond so many maps the spread at a voxel is known well enough.
@@ -183,9 +184,22 @@ class Detector:
         """The same, its scores having learned from healthy scans."""
         known: dict[str, Tensor] = {}
         for name, one in self.questions.each.items():
-            one.check(self.models)
             known |= prefixed(one.learn(self.models, healthy), name)
-        return Detector(self.models, self.questions, known, slices=self.slices)
+        return replace(self, known=known)
+
+    def chosen(self, healthy: Healthy) -> tuple["Detector", dict[str, dict[str, float]]]:
+        """The same without the members of its score that fail on healthy scans; and how each member did.
+
+        Raises:
+            CapabilityError: a model cannot answer what it is asked.
+        """
+        for one in self.questions.each.values():
+            one.check(self.models)
+        if self.questions.score is None:
+            return self, {}
+        score, verdicts = kept(self.questions.score, self.models, healthy)
+        told = {f"{n}: {verdict.member.do}": verdict.aurocs for n, verdict in enumerate(verdicts)}
+        return replace(self, questions=replace(self.questions, score=score)), told
 
     def calibrated(
         self, healthy: ScanDataset | None, people: Mapping[str, Mapping[str, str]] = MappingProxyType({})

@@ -282,9 +282,10 @@ def _measured(
     first = next(iter(models.values()))
     if plan.questions or can_score(first):
         questions = plan.questions or usual_questions(first, sliced=bool(plan.recipe.slices))
-        detector = Detector(models, questions, slices=plan.recipe.slices).learned(healthy)
+        detector, members = Detector(models, questions, slices=plan.recipe.slices).chosen(healthy)
         people = {row.case: row.covariates for row in plan.manifest.rows}
-        calibration, tensors = detector.calibrated(held, people)
+        calibration, tensors = detector.learned(healthy).calibrated(held, people)
+        calibration |= {"members": members} if members else {}
     if held is None:
         return calibration, tensors, metrics
     if temperature := temperature_of(first, held):
