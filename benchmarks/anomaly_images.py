@@ -37,6 +37,8 @@ from medgen.tasks.detector import Batches, Detector, Questions
 from medgen.tasks.intake import require_training_scans
 
 RATE, RATES, SPLITS, CALIBRATION = 0.05, (0.01, 0.05, 0.1, 0.2), 20, 135
+# Of training each model when choosing.
+CHOICE_MINUTES = 0.8
 # Name, labels of ill scans (none: all but the healthy one), colour.
 SETS = {"pneumonia": ((), False), "retina": (("2", "3", "4"), True)}
 RESIDUAL = {"do": "residual", "of": "twin", "measure": "ssim"}
@@ -261,7 +263,7 @@ def choose(work: Path) -> None:
     began, found = time.monotonic(), {}
     for name in SETS:
         parts = [
-            trained(file_of(name), work / f"{name}_{preset}", preset, 1.2, 0, options_of(name))
+            trained(file_of(name), work / f"{name}_{preset}", preset, CHOICE_MINUTES, 0, options_of(name))
             for preset in ("autoencoder2d", "segmenter2d")
         ]
         found[name] = chosen(name, *parts)
