@@ -361,3 +361,12 @@ def test_a_calibration_with_holes_is_refused():
     with pytest.raises(DataError, match="1 of the 3 healthy scans"):
         learned_from(np.array([1.0, np.nan, 2.0]))
     assert isinstance(tensors["mean"], torch.Tensor)
+
+
+def test_maps_that_are_relative_to_their_place_have_one_healthy_mean_and_spread():
+    maps = np.random.default_rng(4).normal(3, 2, (12, 9, 10)).astype(np.float32)
+    learnt = normals(maps, by_place=False)
+    assert np.allclose(learnt.mean, maps.mean(), atol=1e-5)
+    assert np.allclose(learnt.sd, maps.std(), atol=1e-5)
+    assert np.argmax(learnt.z_map(maps[0])) == np.argmax(maps[0])
+    assert len(learnt.maxima) == 12

@@ -64,6 +64,8 @@ class Score(BaseModel):
 
     # Whether values below the healthy ones are as unusual as those above; else only high ones are.
     two_sided: ClassVar[bool] = False
+    # Whether the map's healthy values differ from place to place; else it is relative to its place already.
+    by_place: ClassVar[bool] = True
 
     do: str
     of: str = "model"

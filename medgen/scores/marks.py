@@ -1,6 +1,6 @@
 """How surely a network that learned to find drawn anomalies marks a scan, and where."""
 
-from typing import Literal, cast
+from typing import ClassVar, Literal, cast
 
 import torch
 
@@ -17,6 +17,8 @@ class Marked(Score):
         do: 'marks'.
         reduce: the mean of all real voxels, or of the highest half per cent of them.
     """
+
+    by_place: ClassVar[bool] = False
 
     do: Literal["marks"] = "marks"
     reduce: Reduction = "tail"

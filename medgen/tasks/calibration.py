@@ -132,7 +132,7 @@ def clusters(z: Float[np.ndarray, "*space"], level: float) -> tuple[Int[np.ndarr
     return labels, np.bincount(labels.ravel(), minlength=count + 1)[1:]
 
 
-def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False) -> Normals:
+def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False, by_place: bool = True) -> Normals:
     """Learn what healthy residual maps look like; each map is judged by the others alone.
 
     A voxel counts where at least three maps have it, so that each of them is judged by two others.
@@ -140,6 +140,8 @@ def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False
     Args:
         residuals: three maps or more, NaN where a scan has no voxel.
         two_sided: count residuals below the healthy mean as unusual too.
+        by_place: whether each voxel has a healthy mean and spread of its own; else all have one together, for maps
+            that are relative to their place already and would only gather noise from few scans.
 
     Raises:
         DataError: no voxel that three maps have.
@@ -154,10 +156,14 @@ def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False
     judged = np.empty(residuals.shape, np.float32)
     for n, (one, seen) in enumerate(zip(filled, known, strict=True)):
         others = (total - one, squares - np.square(one, dtype=np.float64), count - seen)
-        judged[n] = np.where(seen & (count >= _FEWEST), _z(one, *_mean_and_sd(*others, two_sided), two_sided), np.nan)
+        judged[n] = np.where(
+            seen & (count >= _FEWEST), _z(one, *_mean_and_sd(*others, two_sided, by_place), two_sided), np.nan
+        )
     forming = float(np.quantile(judged[np.isfinite(judged)], 1 - _FORMING, method="higher"))
     somewhere = [z for z in judged if np.isfinite(z).any()]
-    mean, sd = (np.where(count >= _FEWEST, one, np.nan) for one in _mean_and_sd(total, squares, count, two_sided))
+    mean, sd = (
+        np.where(count >= _FEWEST, one, np.nan) for one in _mean_and_sd(total, squares, count, two_sided, by_place)
+    )
     return Normals(
         mean.astype(np.float32),
         sd.astype(np.float32),
@@ -170,7 +176,7 @@ def normals(residuals: Float[np.ndarray, "n *space"], *, two_sided: bool = False
 
 
 def _mean_and_sd(
-    total: np.ndarray, squares: np.ndarray, count: np.ndarray, two_sided: bool
+    total: np.ndarray, squares: np.ndarray, count: np.ndarray, two_sided: bool, by_place: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """From sums, mean and spread: NaN where fewer than two scans have the voxel.
 
@@ -185,6 +191,10 @@ def _mean_and_sd(
     from scipy.ndimage import gaussian_filter, maximum_filter
 
     known, some = count >= 2, np.maximum(count, 2)
+    if not by_place:
+        mean = total.sum() / count.sum()
+        sd = np.sqrt(max(squares.sum() / count.sum() - mean**2, 1e-12))
+        return np.where(known, mean, np.nan), np.where(known, sd, np.nan)
     mean = total / some
     variance = np.where(known, np.maximum(squares / some - mean**2, 0) * some / (some - 1), 0)
     around = gaussian_filter(variance, _AROUND, mode="nearest")
@@ -207,6 +217,7 @@ def learned_from(
     maps: Float[np.ndarray, "m *space"] | None = None,
     *,
     two_sided: bool = False,
+    by_place: bool = True,
     people: Sequence[Mapping[str, str]] = (),
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What held-out healthy scans say, as plain numbers and tensors for a bundle; `from_bundle` reads it.
@@ -215,6 +226,7 @@ def learned_from(
         scores: of the healthy scans; empty where the tail of the z-map is the score.
         maps: their residual maps, or those of the first m; None where there are none.
         two_sided: whether low residuals are as unusual as high ones (of the score that makes the maps).
+        by_place: whether healthy maps differ from place to place (see `normals`).
         people: what else is known of each scan, such as age and sex: `Norms.of` reads what they do to the score.
 
     Raises:
@@ -228,7 +240,7 @@ def learned_from(
     numbers: dict[str, Any] = {}
     tensors: dict[str, Tensor] = {}
     if maps is not None and np.isfinite(maps).sum(0).max(initial=0) >= _FEWEST:
-        learnt = normals(maps, two_sided=two_sided)
+        learnt = normals(maps, two_sided=two_sided, by_place=by_place)
         scores = scores if len(scores) else learnt.tails
         numbers |= {name: getattr(learnt, name).tolist() for name in ("maxima", "tails", "largest")}
         numbers |= {"forming": learnt.forming, "map_two_sided": two_sided}

@@ -228,9 +228,10 @@ class Detector:
                 maps.append(raw[: max(0, _MOST_MAPS[dims] - sum(map(len, maps)))])
         every = np.concatenate(maps) if maps else None
         told = [people.get(case, {}) for case in cases]
-        two_sided = self.questions.where is not None and self.questions.where.two_sided
+        where = self.questions.where
+        sided = {} if where is None else {"two_sided": where.two_sided, "by_place": where.by_place}
         given = np.zeros(0) if self.questions.score is None else np.asarray(values)
-        numbers, tensors = learned_from(given, every, two_sided=two_sided, people=told)
+        numbers, tensors = learned_from(given, every, **sided, people=told)
         if not numbers["scores"]:  # too few maps for a healthy spread: the tails of the maps as they are
             numbers, tensors = learned_from(np.asarray(values), None, people=told)
         return {"questions": self.questions.plain(), **numbers}, {**self.known, **tensors}
