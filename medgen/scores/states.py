@@ -21,6 +21,8 @@ from medgen.scores.reference import enough, fingerprints, learned_places, own_ro
 
 # As if so many scans had shown that values below and above the median spread alike.
 _EVEN_SCANS = 10.0
+# Spreads beyond which distance counts ever less.
+_LINEAR = 8.0
 # Healthy scans that are each left out alone, at most; more are left out by as many in turn.
 _FOLDS = 100
 _NEIGHBOURS = 5
@@ -158,7 +160,8 @@ class Spreads:
 
         s+- = sqrt of the mean square of what lies above (below) the median, both drawn towards the common spread
 
-    Far values do not make the spread, as deviations are cut at four robust ones; yet they go on counting.
+    Far values do not make the spread, as deviations are cut at four robust ones; yet they go on counting: beyond 8
+    spreads as 8 (1 + log(z / 8)), so that a spread known from few scans, or too small, does not drown all else.
     """
 
     def __init__(self, healthy: Float[Tensor, "n k"]) -> None:
@@ -178,7 +181,9 @@ class Spreads:
     def __call__(self, values: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         """z of each value."""
         away = values - self.middle
-        return away / torch.where(away > 0, self.above, self.below)
+        z = away / torch.where(away > 0, self.above, self.below)
+        far = (z.abs() / _LINEAR).clamp(min=1)
+        return torch.where(far > 1, z.sign() * _LINEAR * (1 + far.log()), z)
 
 
 def _as_one(

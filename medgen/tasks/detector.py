@@ -7,6 +7,7 @@ standard deviations a map's value lies above the healthy mean at that place (`me
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from types import MappingProxyType
 from typing import Any
 
@@ -30,6 +31,8 @@ from medgen.tasks.slicewise import in_slices
 
 # Beyond so many maps the spread at a voxel is known well enough.
 _MOST_MAPS = {2: 512, 3: 64}
+# Fewer held-out scans than these tell too little of how scores go together.
+_ENOUGH = 19
 # Scans examined at a time.
 _BATCH = {2: 64, 3: 1}
 _TWINS: tuple[Ability, ...] = ("restores", "reconstructs")
@@ -248,4 +251,13 @@ class Batches:
         return self.data.batches(_BATCH[self.data[0]["x"].ndim - 1])
 
 
-__all__ = ["Batches", "Detector", "Questions", "can_score", "usual_questions"]
+def healthy_of(train: ScanDataset, held: ScanDataset | None) -> Healthy:
+    """What scores learn from: where few scans were held out, those that the models know count with them."""
+    known = Batches(train)
+    if held is None:
+        return Healthy(known, known)
+    new = Batches(held)
+    return Healthy(known, new if len(held) >= _ENOUGH else lambda: chain(known(), new()))
+
+
+__all__ = ["Batches", "Detector", "Questions", "can_score", "healthy_of", "usual_questions"]

@@ -26,7 +26,7 @@ from medgen.scan import Scan
 from medgen.scores.base import Healthy
 from medgen.seeds import derived_seed
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.detector import Batches, Detector, can_score, usual_questions
+from medgen.tasks.detector import Detector, can_score, healthy_of, usual_questions
 from medgen.tasks.plan import Choices, Part, Plan, plan_training
 from medgen.tasks.quality import quality, temperature_of
 from medgen.tasks.workspace import Workspace
@@ -101,7 +101,7 @@ def learn(
         models[part.name], facts[part.name] = _trained(part, plan, work, (train_set, val_set), seed=seed, device=device)
     trained = time.monotonic()
     contract = _contract(plan, train_set)
-    healthy = Healthy(Batches(train_set), Batches(val_set or train_set))
+    healthy = healthy_of(train_set, val_set)
     calibration, tensors, metrics = _measured(plan, models, healthy, _held_out(plan, options))
     for model in models.values():
         model.cpu()
