@@ -29,7 +29,7 @@ from medgen.tasks.detector import Detector
 from medgen.tasks.findings import Finding, findings
 from medgen.tasks.intake import taken_in
 from medgen.tasks.norms import Norms
-from medgen.tasks.worklist import Scored, file_name, own_name, suspicious_first, write_pictures, write_scores
+from medgen.tasks.worklist import Scored, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
 
 
@@ -257,4 +257,4 @@ def _write(result: Scores, folder: Path) -> None:
         write_pictures(result.scans, folder, title=f"Most suspicious of {len(result.scans)} scans first")
 
 
-__all__ = ["Scored", "Scores", "file_name", "score"]
+__all__ = ["Scored", "Scores", "score"]

@@ -28,7 +28,7 @@ from medgen.models.base import can
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
-from medgen.tasks.anomaly import file_name
+from medgen.tasks.worklist import file_name
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.intake import require_training_scans, require_whole
