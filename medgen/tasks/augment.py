@@ -28,12 +28,12 @@ from medgen.models.base import can
 from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
-from medgen.tasks.worklist import file_name
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.intake import require_training_scans, require_whole
 from medgen.tasks.learn import learn
 from medgen.tasks.plan import Choices, Plan, plan_training
+from medgen.tasks.worklist import file_name
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]
