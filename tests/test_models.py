@@ -44,7 +44,8 @@ def minimal(values: dict, dims: int, channels: int, classes: tuple[str, ...]) ->
     least = max(2, stride)
     space = (2 * stride, 4 * stride) if dims == 2 else (least, 2 * stride, 2 * least)
     fields = family(values["kind"]).Config.model_fields
-    small = {"width": 8, "latent": 4, "depth": 1, "draws": 4, "steps": 20, "voxels": 400}
+    small = {"width": 8, "latent": 4, "depth": 1}
+    small |= {"draws": 4, "steps": 20, "voxels": 400} if values["kind"] == "segmenter" else {}
     return values | {k: v for k, v in small.items() if k in fields} | {
         "shape": space, "channels": channels, "classes": classes
     }  # fmt: skip

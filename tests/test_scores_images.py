@@ -336,7 +336,7 @@ def test_low_statistics_count_as_much_as_high_ones_and_low_distances_for_nothing
     healthy_rows = torch.from_numpy(np.stack([np.random.default_rng(k).permutation(normal) for k in range(5)], 1))
     rows = torch.zeros(5, 5, dtype=torch.double)
     rows[1, 0], rows[2, 0], rows[3, 3], rows[4, 3] = 5, -5, 5, -5
-    usual, high, low, far, near = score.together(rows, healthy_rows).tolist()
+    usual, high, low, far, near = score.together(rows, healthy_rows, [3, 1, 1]).tolist()
     assert high > usual + 0.1
     assert low > usual + 0.1
     assert far > usual + 0.1
@@ -348,7 +348,7 @@ def test_extreme_values_go_on_counting(how: str) -> None:
     rows = torch.randn(60, 5, generator=torch.Generator().manual_seed(0)).double()
     far = torch.zeros(4, 5, dtype=torch.double)
     far[:, 4] = torch.tensor([5.0, 10.0, 100.0, 1000.0])
-    found = DensityOfStates(members=MEMBERS, how=how).together(far, rows)
+    found = DensityOfStates(members=MEMBERS, how=how).together(far, rows, [3, 1, 1])
     assert found.isfinite().all()
     assert (found.diff() > 0).all()
 
@@ -359,7 +359,7 @@ def test_a_member_counts_once_however_many_columns_it_has_and_twins_share() -> N
     rows[:, 5] = rows[:, 4]
     unusual = torch.zeros(3, 6, dtype=torch.double)
     unusual[0, 3], unusual[1, 4:], unusual[2, :3] = 3, 3, 3
-    one, twins, statistics = DensityOfStates(members=members).together(unusual, rows).tolist()
+    one, twins, statistics = DensityOfStates(members=members).together(unusual, rows, [3, 1, 1, 1]).tolist()
     assert twins == pytest.approx(one, rel=0.15)
     assert statistics > 0.8 * one
 
