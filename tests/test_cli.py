@@ -154,7 +154,6 @@ def test_a_wrong_bundle_is_one_sentence(command, three, tmp_path, name, kind):
 def test_a_wrong_preset_or_override_is_one_sentence(command, three, tmp_path):
     for extra, expected in (
         (["--preset", "vae9"], "There is no preset"),
-        (["--preset", "vae2d"], "2D"),
         (["--set", "model.latents=3"], "model.latents: no such key. Did you mean 'latent'?"),
         (["--set", "fit.image=3"], "fit.image: no such key. Did you mean 'images'?"),
         (["--set", "nonsense"], "--set"),
