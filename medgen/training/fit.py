@@ -38,6 +38,8 @@ class FitConfig(BaseModel):
         learning_rate: of AdamW at its peak; it warms up, then falls along a cosine.
         warmup: images over which it rises.
         weight_decay: of AdamW.
+        momentum: of AdamW (beta 1); 0 for two players whose losses chase each other.
+        memory: of AdamW for squared gradients (beta 2).
         grad_clip: largest gradient norm, with the loss in nats a voxel.
         ema: half-life of the moving average of weights, images; the average is what is kept.
         validations: how often the held-out loss is measured.
@@ -54,6 +56,8 @@ class FitConfig(BaseModel):
     learning_rate: float = Field(default=1e-3, gt=0)
     warmup: int = Field(default=500, ge=0)
     weight_decay: float = Field(default=1e-4, ge=0)
+    momentum: float = Field(default=0.9, ge=0, lt=1)
+    memory: float = Field(default=0.99, gt=0, lt=1)
     grad_clip: float = Field(default=1.0, gt=0)
     ema: float = Field(default=1000, gt=0)
     validations: int = Field(default=20, ge=1)
@@ -130,10 +134,9 @@ class _Run:
             model.to(self.fabric.device)
             model.initialise(_first(train, 64).to(self.fabric.device))
         self.players = placed(model.players(), config.images, config.batch_size)
+        betas, decay = (config.momentum, config.memory), config.weight_decay
         optimizers = [
-            torch.optim.AdamW(
-                p.parameters, config.learning_rate, betas=(0.9, 0.99), weight_decay=config.weight_decay, fused=True
-            )
+            torch.optim.AdamW(p.parameters, config.learning_rate, betas, weight_decay=decay, fused=True)
             for p in self.players
         ]
         self.module, *self.optimizers = self.fabric.setup(model, *optimizers)
