@@ -15,13 +15,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
+from medgen.metrics.image import smoothed
 from medgen.models.autoencoder import Autoencoder
 from medgen.models.base import Model
 from medgen.models.mixture import Mixture
 from medgen.models.vae import VAE
 from medgen.scores.base import Healthy, Score
 from medgen.scores.features import Hog, hog_rows
-from medgen.scores.filters import smoothed, squared_gradient, tail_mean
+from medgen.scores.filters import squared_gradient, tail_mean
 from medgen.scores.normative import Normative, Pca, Voxelwise
 from medgen.scores.patches import Patches, feature_maps
 from medgen.scores.reference import fingerprints, own_rows

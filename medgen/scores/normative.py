@@ -11,9 +11,9 @@ from pydantic import Field
 from torch import Tensor
 
 from medgen.data.dataset import Batch
-from medgen.metrics.image import local_mean
+from medgen.metrics.image import local_mean, smoothed
 from medgen.scores.base import Found, Healthy, Known, Models, hidden, real_mean
-from medgen.scores.filters import smoothed, squared_gradient, tail_mean
+from medgen.scores.filters import squared_gradient, tail_mean
 from medgen.scores.reference import enough, fingerprints, learned_places, own_rows, place_z, streamed
 from medgen.scores.statistics import ModelFree
 

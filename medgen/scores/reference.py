@@ -13,8 +13,8 @@ from torch import Tensor
 
 from medgen.data.dataset import Batch
 from medgen.errors import DataError
+from medgen.metrics.image import smoothed
 from medgen.scores.base import Known
-from medgen.scores.filters import smoothed
 
 # A voxel's variance is drawn towards its neighbourhood's, a Gaussian of this width in voxels, as if so many scans
 # had shown that; and its sd is at least this share of the typical one.

@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from medgen.data.dataset import Batch
+from medgen.metrics.image import smoothed
 from medgen.scores.base import Found, Healthy, Known, Models, Score, hidden, real_mean
-from medgen.scores.filters import smoothed, squared_gradient
+from medgen.scores.filters import squared_gradient
 
 StatisticName = Literal[
     "mean", "sd", "skewness", "gradient", "finest", "fine", "middle", "coarse", "png", "symmetry",
