@@ -14,7 +14,7 @@ from medgen.data.dataset import Batch
 from medgen.metrics.image import local_mean, smoothed
 from medgen.scores.base import Found, Healthy, Known, Models, hidden, real_mean
 from medgen.scores.filters import squared_gradient, tail_mean
-from medgen.scores.reference import enough, fingerprints, learned_places, own_rows, place_z, streamed
+from medgen.scores.reference import enough, fingerprints, learned_places, own_rows, place_z
 from medgen.scores.statistics import ModelFree
 
 # Numbers of training scans that principal components are computed from, at most: a gigabyte.
@@ -40,7 +40,7 @@ class Voxelwise(ModelFree):
 
     def learn(self, models: Models, healthy: Healthy) -> dict[str, Tensor]:
         """Mean and spread at each voxel."""
-        return learned_places(streamed(healthy.train(), lambda batch: smoothed(batch.x, self.sigma)), self.do)
+        return learned_places(((smoothed(batch.x, self.sigma), batch) for batch in healthy.train()), self.do)
 
     @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
@@ -71,7 +71,7 @@ class Normative(ModelFree):
     @torch.no_grad()
     def learn(self, models: Models, healthy: Healthy) -> dict[str, Tensor]:
         """Mean and spread of features at each voxel; their correlation over scans, each left out in turn."""
-        known = learned_places(streamed(healthy.train(), self.features), self.do)
+        known = learned_places(((self.features(batch), batch) for batch in healthy.train()), self.do)
         moments, count = torch.zeros(()), 0
         varied = (known["variance"].sqrt() > known["least"].reshape(-1, *[1] * (known["mean"].ndim - 1))).all(0)
         for batch in healthy.train():

@@ -5,7 +5,7 @@ its scans again by a pair of numbers and scores them as though it had not seen t
 where there are no others to learn from than the training scans.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -182,14 +182,7 @@ def _seen(features: Tensor, batch: Batch) -> Tensor:
     return seen if batch.real is None else seen & batch.real[:, None].to(seen.device)
 
 
-def streamed(
-    batches: Iterable[Batch], features: Callable[[Batch], Float[Tensor, "b f *space"]]
-) -> Iterable[tuple[Float[Tensor, "b f *space"], Batch]]:
-    """Features of batches, with the batches, one at a time."""
-    return ((features(batch), batch) for batch in batches)
-
-
 __all__ = [
     "enough", "fingerprints", "gaussian_distance", "learned_gaussian", "learned_places", "left_out", "nearest_mean",
-    "own_rows", "place_z", "streamed",
+    "own_rows", "place_z",
 ]  # fmt: skip
