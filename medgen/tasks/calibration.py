@@ -10,6 +10,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from medgen.errors import BundleError, DataError
+from medgen.scores import filters
 from medgen.tasks.norms import norms
 
 # -- one number a scan -----------------------------------------------------------------------------------
@@ -61,8 +62,6 @@ def normals_needed(rate: float) -> int:
 
 # -- maps ------------------------------------------------------------------------------------------------
 
-# The share of a map's voxels, the highest ones, whose mean is its tail: a lesion fills little of a scan.
-_TAIL = 0.005
 # Clusters form above the z that this share of the healthy maps' voxels exceeds (Eklund et al. 2016 for the choice).
 _FORMING = 0.001
 # What is known of a voxel's variance before looking at it is worth so many scans, and comes from so far around it.
@@ -116,11 +115,7 @@ def _z(residual: np.ndarray, mean: np.ndarray, sd: np.ndarray, two_sided: bool) 
 
 def tail_mean(z: Float[np.ndarray, "*space"]) -> float:
     """Mean of the highest half per cent of a map, NaN left out; NaN where nothing is known."""
-    known = z[np.isfinite(z)]
-    if not known.size:
-        return float("nan")
-    count = max(1, round(_TAIL * known.size))
-    return float(np.partition(known, -count)[-count:].mean())
+    return float(filters.tail_mean(torch.tensor(z)[None], torch.tensor(np.isfinite(z))[None])[0])
 
 
 def clusters(z: Float[np.ndarray, "*space"], level: float) -> tuple[Int[np.ndarray, "*space"], Int[np.ndarray, " k"]]:
