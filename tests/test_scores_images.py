@@ -15,13 +15,14 @@ from sklearn.neighbors import NearestNeighbors
 
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError, DataError
+from medgen.metrics.hog import hog_rows
 from medgen.metrics.image import smoothed
 from medgen.models.autoencoder import Autoencoder
 from medgen.models.base import Model
 from medgen.models.mixture import Mixture
 from medgen.models.vae import VAE
 from medgen.scores.base import Healthy, Score
-from medgen.scores.features import Hog, hog_rows
+from medgen.scores.features import Hog
 from medgen.scores.filters import squared_gradient, tail_mean
 from medgen.scores.normative import Normative, Pca, Voxelwise
 from medgen.scores.patches import Patches, feature_maps
@@ -189,7 +190,7 @@ def test_the_tail_is_the_highest_half_per_cent_of_real_voxels() -> None:
 
 def test_hog_distances_agree_with_scikit_learn() -> None:
     train, fresh = scans(20), scans(4, seed=1)
-    bank, rows = hog_rows(train).numpy(), hog_rows(fresh).numpy()
+    bank, rows = hog_rows(train), hog_rows(fresh)
     near = NearestNeighbors(n_neighbors=5).fit(bank).kneighbors(rows)[0].mean(1)
     found = Hog()({}, Batch(fresh), Hog().learn({}, healthy(train))).values[:, 0]
     np.testing.assert_allclose(found, near, rtol=1e-4)

@@ -2,22 +2,15 @@
 
 from typing import Literal
 
-import numpy as np
 import torch
-from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
 from medgen.data.dataset import Batch
+from medgen.metrics.hog import hog_rows
 from medgen.scores.base import Found, Healthy, Known, Models
 from medgen.scores.reference import enough, fingerprints, gaussian_distance, learned_gaussian, nearest_mean, own_rows
 from medgen.scores.statistics import ModelFree
-
-# Cells along the short side, and the least edge of one in voxels.
-_CELLS, _LEAST_CELL = 4, 4
-_ORIENTATIONS, _BLOCK = 8, 2
-# Where along each axis a volume is cut.
-_CUTS = (0.3, 0.5, 0.7)
 
 
 class Hog(ModelFree):
@@ -39,7 +32,7 @@ class Hog(ModelFree):
         """The descriptors of the training scans, or the Gaussian of them."""
         rows, prints = [], []
         for batch in healthy.train():
-            rows.append(hog_rows(batch.x))
+            rows.append(torch.from_numpy(hog_rows(batch.x)))
             prints.append(fingerprints(batch.x))
         enough(sum(map(len, rows)), 3, self.do)
         bank, own = torch.cat(rows), torch.cat(prints)
@@ -48,7 +41,7 @@ class Hog(ModelFree):
     @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
         """How far each scan is."""
-        rows, own = hog_rows(batch.x), own_rows(batch.x, known["own"])
+        rows, own = torch.from_numpy(hog_rows(batch.x)), own_rows(batch.x, known["own"])
         if self.how == "knn":
             values = nearest_mean(rows, known["bank"].to(rows), own, self.neighbours)
         else:
@@ -56,29 +49,4 @@ class Hog(ModelFree):
         return Found(values[:, None].to(batch.x.device))
 
 
-def hog_rows(x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b d"]:
-    """Histograms of oriented gradients of each scan, those of a volume's slices one after another."""
-    scans = x.detach().cpu().float().movedim(1, -1).numpy()
-    if x.ndim == 4:
-        return torch.from_numpy(np.stack([_hog(scan) for scan in scans])).float()
-    rows = [np.concatenate([_hog(cut) for cut in _cuts(scan)]) for scan in scans]
-    return torch.from_numpy(np.stack(rows)).float()
-
-
-def _cuts(scan: np.ndarray) -> list[np.ndarray]:
-    """Slices (*plane, c) across each axis."""
-    return [scan.take(int(part * scan.shape[axis]), axis) for axis in range(3) for part in _CUTS]
-
-
-def _hog(image: np.ndarray) -> np.ndarray:
-    """Of an image (i, j, c); of several channels, at each place the one of the steepest gradient counts."""
-    from skimage.feature import hog
-
-    short = min(image.shape[:2])
-    cell = min(short, max(_LEAST_CELL, round(short / _CELLS)))
-    block = min(_BLOCK, short // cell)
-    sizes = {"pixels_per_cell": (cell, cell), "cells_per_block": (block, block)}
-    return hog(image, orientations=_ORIENTATIONS, channel_axis=-1, **sizes)
-
-
-__all__ = ["Hog", "hog_rows"]
+__all__ = ["Hog"]
