@@ -1,7 +1,7 @@
 """From a manifest and a recipe to batches, with MONAI's loading, caching and random transforms."""
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -53,13 +53,27 @@ class Batch:
 
     def to(self, device: torch.device | str) -> "Batch":
         """The same batch elsewhere."""
-        moved = {name: getattr(self, name) for name in ("x", "cond", "context", "real")}
-        return replace(self, **{name: t.to(device) for name, t in moved.items() if t is not None})
+        return self._through(lambda values: values.to(device))
 
     def first(self, count: int) -> "Batch":
         """Its first scans alone."""
-        told = {name: getattr(self, name) for name in ("x", "cond", "context", "cases", "real")}
-        return replace(self, **{name: t[:count] for name, t in told.items() if t is not None})
+        return self._rows(slice(count))
+
+    def each(self) -> Iterator["Batch"]:
+        """Its scans one at a time.
+
+        >>> [one.cases for one in Batch(torch.zeros(2, 1, 4, 4), cases=("a", "b")).each()]
+        [('a',), ('b',)]
+        """
+        return (self._rows(slice(n, n + 1)) for n in range(len(self.x)))
+
+    def _rows(self, which: slice) -> "Batch":
+        return replace(self._through(lambda values: values[which]), cases=self.cases[which])
+
+    def _through(self, change: Callable[[Tensor], Tensor]) -> "Batch":
+        """The same with its tensors changed."""
+        held = {name: getattr(self, name) for name in ("x", "cond", "context", "real")}
+        return replace(self, **{name: change(values) for name, values in held.items() if values is not None})
 
 
 # -- loading -------------------------------------------------------------------------------------

@@ -48,8 +48,8 @@ def log_density(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float[
         found = cast(BoundsDensity, model).elbo(batch.x, batch.cond, **told) / size
     else:
         # One by one, as the noise of an estimate depends on the scan's place in the batch.
-        rows = [replace(batch, **{k: v[n : n + 1] for k, v in _tensors(batch).items()}) for n in range(len(batch.x))]
-        estimates = [cast(EstimatesDensity, model).log_prob_estimate(r.x, r.cond, **given(r)) for r in rows]
+        estimator = cast(EstimatesDensity, model)
+        estimates = [estimator.log_prob_estimate(one.x, one.cond, **given(one)) for one in batch.each()]
         found, error = (torch.cat(part) / size for part in zip(*estimates, strict=True))
         return found, error
     return found, torch.zeros_like(found)
@@ -73,11 +73,6 @@ def bits_per_dim(model: Model, batch: Batch) -> tuple[Float[Tensor, " b"], Float
     u = voxel_uniform(tuple(batch.x.shape[2:]), seed=0, channels=batch.x.shape[1]).to(batch.x)
     density, error = log_density(model, replace(batch, x=(grey(batch.x, _BITS) + u - 0.5) / levels))
     return (log(levels) - density) / log(2), error / log(2)
-
-
-def _tensors(batch: Batch) -> dict[str, Tensor]:
-    named = {name: getattr(batch, name) for name in ("x", "cond", "context", "real")}
-    return {name: tensor for name, tensor in named.items() if tensor is not None}
 
 
 __all__ = ["DENSITIES", "bits_per_dim", "density_kind", "given", "log_density"]

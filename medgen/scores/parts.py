@@ -169,7 +169,7 @@ class Gradient(_PartsScore):
         return Found((slope.flatten(1).square().mean(1) + _LEAST).log()[:, None] / 2, hidden(each, batch.real))
 
     def _by_parameters(self, model: Model, batch: Batch) -> Found:
-        rows = [[*self._of_parameters(model, one).values()] for one in _one_by_one(batch)]
+        rows = [[*self._of_parameters(model, one).values()] for one in batch.each()]
         return Found(torch.tensor(rows, device=batch.x.device))
 
     @torch.enable_grad()
@@ -234,11 +234,6 @@ def _likeliest(model: Model, batch: Batch, columns: Callable[[Batch], Found]) ->
 
     best = best_class(model, batch.to(model.device), found)
     return Found(best.values[:, 1:], best.map)
-
-
-def _one_by_one(batch: Batch) -> list[Batch]:
-    told = {name: getattr(batch, name) for name in ("x", "cond", "context")}
-    return [Batch(**{k: v[n : n + 1] for k, v in told.items() if v is not None}) for n in range(len(batch.x))]
 
 
 def _nothing(model: Model) -> Batch:

@@ -6,7 +6,6 @@ The volume's own number comes of slices such as were learned from: what a score 
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from jaxtyping import Bool, Float
@@ -29,9 +28,9 @@ def in_slices(score: Callable[[Batch], Found], batch: Batch, slices: Slices) -> 
         slices: how volumes are cut, the recipe's.
     """
     values, maps = [], []
-    for number, x in enumerate(batch.x):
-        rows, drawn = slicewise(score, _one(batch, number), slices)
-        shown = torch.tensor(shows_body(x, None if batch.real is None else batch.real[number], slices)).to(rows.device)
+    for one in batch.each():
+        rows, drawn = slicewise(score, one, slices)
+        shown = torch.tensor(shows_body(one.x[0], None if one.real is None else one.real[0], slices)).to(rows.device)
         values.append(rows[shown].mean(0) if shown.any() else rows.nanmean(0))
         maps += [] if drawn is None else [drawn]
     return Found(torch.stack(values), torch.stack(maps) if maps else None)
@@ -90,12 +89,6 @@ def _put_back(
         total[place.index] += torch.where(known, said, 0)
         times[place.index] += known
     return torch.where(times > 0, total / times, torch.nan)
-
-
-def _one(batch: Batch, number: int) -> Batch:
-    """One scan of a batch."""
-    told = {name: getattr(batch, name) for name in ("x", "cond", "context", "cases", "real")}
-    return replace(batch, **{name: t[number : number + 1] for name, t in told.items() if t is not None})
 
 
 __all__ = ["in_slices", "slicewise"]
