@@ -15,10 +15,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from medgen.bundle import Bundle
-from medgen.data.controls import CONTROLS, controls
+from medgen.data.controls import CONTROLS
 from medgen.data.dataset import Batch, ScanDataset, model_view
 from medgen.log import note, track
-from medgen.metrics.detection import auroc, auroc_error, average_precision, sensitivity_at
+from medgen.metrics.detection import auroc, average_precision, sensitivity_at
 from medgen.metrics.intervals import binomial_interval, bootstrap_interval, conformal_interval, patients_drawn
 from medgen.metrics.localisation import voxel_counts
 from medgen.scan import Scan
@@ -26,6 +26,7 @@ from medgen.scores.base import Healthy
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
 from medgen.tasks.detector import Batches, Detector, Questions
 from medgen.tasks.norms import Norms
+from medgen.tasks.selection import against, controls_of
 
 # What needs no model. One side of the intensity alone is the strongest of them where lesions are all dark, or all
 # bright (Meissen et al. 2021), so both sides stand in the table.
@@ -307,10 +308,10 @@ def controlled(methods: Sequence[Method], healthy: Sequence[Case], *, seed: int 
 
     `below` names those that a method finds healthier than healthy scans: 1.96 standard errors below chance.
     """
-    made: dict[str, list[Case]] = {name: [] for name in CONTROLS}
-    for n, case in enumerate(healthy):
-        for name, scan in controls(case.ready, np.random.default_rng([seed, n])):
-            made[name].append(replace(case, ready=scan, mask=None))
+    made = {
+        name: [replace(case, ready=scan, mask=None) for case, scan in zip(healthy, scans, strict=True)]
+        for name, scans in controls_of([case.ready for case in healthy], seed).items()
+    }
     rows = []
     for method in track(methods, "Measuring controls"):
         dark = Seen.by(method, healthy, maps=False).values
@@ -318,9 +319,8 @@ def controlled(methods: Sequence[Method], healthy: Sequence[Case], *, seed: int 
         below = []
         for name, cases in made.items():
             found = Seen.by(method, cases, maps=False).values
-            row[name] = auroc(dark, found)
-            error = auroc_error(dark, found)
-            below += [name] if row[name] + 1.96 * error < 0.5 else []
+            row[name], healthier = against(dark, found)
+            below += [name] if healthier else []
         rows.append({**row, "mean": float(np.mean([row[name] for name in CONTROLS])), "below": below})
     return rows
 

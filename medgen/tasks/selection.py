@@ -6,7 +6,7 @@ inputs that no score may find healthier than healthy scans (`medgen.data.control
 finds drawn anomalies healthier than healthy scans, would work against the others, and is left out.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -70,9 +70,24 @@ def _verdict(member: Score, models: Models, healthy: Healthy, asked: dict[str, l
     known = alone.learn(models, healthy)
     found = {name: _values(alone, models, batches, known) for name, batches in asked.items()}
     usual = found.pop("healthy")
-    aurocs = {name: auroc(usual, values) for name, values in found.items()}
-    fails = [name for name, values in found.items() if aurocs[name] + 1.96 * auroc_error(usual, values) < 0.5]
-    return Verdict(member, {name: round(value, 3) for name, value in aurocs.items()}, tuple(fails))
+    told = {name: against(usual, values) for name, values in found.items()}
+    aurocs = {name: round(value, 3) for name, (value, _) in told.items()}
+    return Verdict(member, aurocs, tuple(name for name, (_, below) in told.items() if below))
+
+
+def against(healthy: Float[np.ndarray, " n"], wrong: Float[np.ndarray, " m"]) -> tuple[float, bool]:
+    """AUROC of scans that are wrong against healthy ones, and whether it is 1.96 standard errors below chance."""
+    found = auroc(healthy, wrong)
+    return found, found + 1.96 * auroc_error(healthy, wrong) < 0.5
+
+
+def controls_of(scans: Sequence[Scan], seed: int) -> dict[str, list[Scan]]:
+    """The control inputs of each of some healthy scans, by name."""
+    made: dict[str, list[Scan]] = {name: [] for name in CONTROLS}
+    for n, scan in enumerate(scans):
+        for name, control in controls(scan, np.random.default_rng([seed, n])):
+            made[name].append(control)
+    return made
 
 
 def _values(score: Score, models: Models, batches: list[Batch], known: Known) -> Float[np.ndarray, " n"]:
@@ -98,17 +113,15 @@ def _wrong(held: list[Batch]) -> dict[str, list[Batch]]:
         torch.manual_seed(0)
         for number, batch in enumerate(held):
             made[DRAWN].append(replace(batch, x=spoilt(batch.x, most=1, least=1).x))
-            rows = [_controls(x, number, n) for n, x in enumerate(batch.x)]
-            for name in CONTROLS:
-                made[name].append(replace(batch, x=torch.stack([row[name] for row in rows])))
+            for name, scans in controls_of([_scan(x) for x in batch.x], number).items():
+                x = torch.tensor(np.stack([scan.voxels for scan in scans])).reshape(batch.x.shape)
+                made[name].append(replace(batch, x=x))
     return made
 
 
-def _controls(x: Float[Tensor, "c *space"], *seed: int) -> dict[str, Tensor]:
+def _scan(x: Float[Tensor, "c *space"]) -> Scan:
     voxels = x.numpy().reshape(len(x), *x.shape[1:], *[1] * (4 - x.ndim))
-    scan = Scan(voxels, Grid(voxels.shape[1:], np.eye(4)))
-    made = controls(scan, np.random.default_rng(seed))
-    return {name: torch.tensor(one.voxels.reshape(x.shape)) for name, one in made}
+    return Scan(voxels, Grid(voxels.shape[1:], np.eye(4)))
 
 
-__all__ = ["DRAWN", "Verdict", "kept"]
+__all__ = ["DRAWN", "Verdict", "against", "controls_of", "kept"]
