@@ -10,11 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import mask_view, model_view, real_view
 from medgen.data.manifest import Manifest, Row, index
 from medgen.data.window import flat
 from medgen.errors import DataError, MedgenError, OutputError
@@ -24,10 +22,9 @@ from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
 from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
 from medgen.tasks.cohort import Group, groups, unlike, write_groups
-from medgen.tasks.conditions import conditions_for, told_of
 from medgen.tasks.detector import Detector
 from medgen.tasks.findings import Finding, findings
-from medgen.tasks.intake import taken_in
+from medgen.tasks.intake import given_with, taken_in
 from medgen.tasks.norms import Norms
 from medgen.tasks.worklist import Scored, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
@@ -163,7 +160,7 @@ class _Run:
         try:
             found = taken_in(self.bundle, manifest.locate(row.path), self.options)
             source, ready = found.source, found.ready
-            score, z = self._detected(ready, found.real, row, manifest)
+            score, z = self.detector(found.x, **given_with(self.bundle, found, row, manifest, self.options))
             if not np.isfinite(score):
                 raise DataError("The model has no finite score for this scan: look at it, it may be of another kind.")
             scored = self._placed(row, score, found.warnings)
@@ -176,21 +173,6 @@ class _Run:
             raise  # the disk is to blame, not the scan
         except MedgenError as error:
             return Scored(row.case, error=str(error))
-
-    def _detected(
-        self, ready: Scan, real: Bool[np.ndarray, "i j k"], row: Row, manifest: Manifest
-    ) -> tuple[float, Float[np.ndarray, "*space"] | None]:
-        """Score and z-map, with whatever the model is told besides the scan."""
-        config = self.bundle.model.config
-        told = told_of(config)
-        given: dict[str, Tensor | None] = {}
-        if told["covariates"]:
-            given["cond"] = conditions_for(config, [row.label], [row.covariates])
-        if told["context"]:
-            given["context"] = mask_view(row.mask and manifest.locate(row.mask), ready.grid, self.options)[None]
-        if not real.all():
-            given["real"] = real_view(real)[None]
-        return self.detector(model_view(ready)[None], **given)
 
     def _placed(self, row: Row, score: float, warnings: tuple[str, ...]) -> Scored:
         """The score among those of healthy scans, of the scan's age and sex where they are known."""

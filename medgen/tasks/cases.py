@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import cast, get_args
 
 import numpy as np
-from torch import Tensor
 
 from medgen.bundle import Bundle
 from medgen.data.dataset import mask_view, real_view
@@ -17,9 +16,9 @@ from medgen.errors import DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.seeds import derived_seed
-from medgen.tasks.conditions import conditions_for, told_of
+from medgen.tasks.conditions import told_of
 from medgen.tasks.detection import Case
-from medgen.tasks.intake import taken_in, training_scans
+from medgen.tasks.intake import given_with, taken_in, training_scans
 
 OWN = "own"
 # Healthy scans that lesions of a kind are painted into, at most: images, volumes.
@@ -139,14 +138,7 @@ def cases_of(bundle: Bundle, rows: Manifest, options: ReadOptions, *, findings: 
 
 def _case(bundle: Bundle, row: Row, rows: Manifest, options: ReadOptions, findings: bool) -> Case:
     taken = taken_in(bundle, rows.locate(row.path), options)
-    config = next(iter(bundle.models.values())).config
-    told, given = told_of(config), dict[str, Tensor | None]()
-    if told["covariates"]:
-        given["cond"] = conditions_for(config, [row.label], [row.covariates])
-    if told["context"]:
-        given["context"] = mask_view(row.mask and rows.locate(row.mask), taken.ready.grid, options)[None]
-    if not taken.real.all():
-        given["real"] = real_view(taken.real)[None]
+    given = given_with(bundle, taken, row, rows, options)
     mask = None
     if findings and row.mask:
         mask = mask_view(rows.locate(row.mask), taken.ready.grid, options)[0].numpy() > 0

@@ -9,14 +9,15 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import model_view
-from medgen.data.manifest import Manifest, index
+from medgen.data.dataset import mask_view, model_view, real_view
+from medgen.data.manifest import Manifest, Row, index
 from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared, real_voxels, what_was_cut
 from medgen.errors import BundleError, CapabilityError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.scan import Scan
+from medgen.tasks.conditions import conditions_for, told_of
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +56,25 @@ def taken_in(bundle: Bundle, path: str, options: ReadOptions) -> Intake:
     ready, real = prepared(seen, bundle.recipe)
     warnings += filter(None, [what_was_cut(seen, ready, bundle.recipe)])
     return Intake(source, ready, real, tuple(warnings))
+
+
+def given_with(
+    bundle: Bundle, taken: Intake, row: Row, rows: Manifest, options: ReadOptions
+) -> dict[str, Tensor | None]:
+    """What the bundle's first model is given besides a scan: `cond` and `context` where it takes them, and `real`.
+
+    Raises:
+        DataError: the scan's mask cannot be read, or a covariate has no such value.
+    """
+    config = bundle.model.config
+    told, given = told_of(config), dict[str, Tensor | None]()
+    if told["covariates"]:
+        given["cond"] = conditions_for(config, [row.label], [row.covariates])
+    if told["context"]:
+        given["context"] = mask_view(row.mask and rows.locate(row.mask), taken.ready.grid, options)[None]
+    if not taken.real.all():
+        given["real"] = real_view(taken.real)[None]
+    return given
 
 
 def training_scans(bundle: Bundle, data: str | Path, options: ReadOptions) -> Manifest | None:
@@ -110,4 +130,4 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
     return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
 
 
-__all__ = ["Intake", "require_training_scans", "require_whole", "taken_in", "training_scans"]
+__all__ = ["Intake", "given_with", "require_training_scans", "require_whole", "taken_in", "training_scans"]
