@@ -20,7 +20,7 @@ from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.report.pictures import overlay
 from medgen.scan import Header, Scale, Scan
-from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
+from medgen.tasks.calibration import mask_threshold, normals_needed, placed
 from medgen.tasks.cohort import Group, groups, unlike, write_groups
 from medgen.tasks.detector import Detector
 from medgen.tasks.findings import Finding, findings
@@ -176,18 +176,14 @@ class _Run:
 
     def _placed(self, row: Row, score: float, warnings: tuple[str, ...]) -> Scored:
         """The score among those of healthy scans, of the scan's age and sex where they are known."""
-        known, mine = self.detector.scores, score
         if self.norms is not None:
-            left = self.norms.remainder(score, row.covariates)
-            if left is not None:
-                known, mine = self.norms.residuals, left
             warnings = (*warnings, *self.norms.limits(row.covariates))
-        if len(known) < 2:
+        known, two_sided = self.detector.scores, self.detector.two_sided
+        place = placed(known, score, two_sided=two_sided, norms=self.norms, cells=row.covariates)
+        if place is None:
             return Scored(row.case, score=score, warnings=warnings)
-        two_sided = self.detector.two_sided
-        p, unusual = p_value(known, mine, two_sided=two_sided), folded(known, mine, two_sided=two_sided)[1]
-        flagged = bool(p <= self.rate + 1e-12) if len(known) >= normals_needed(self.rate) else None
-        return Scored(row.case, score, unusual, p, flagged, warnings=warnings)
+        flagged = bool(place.p <= self.rate + 1e-12) if place.among >= normals_needed(self.rate) else None
+        return Scored(row.case, score, place.unusual, place.p, flagged, warnings=warnings)
 
     def _listed(self, z_map: Float[np.ndarray, "i j k"], ready: Scan) -> tuple[Finding, ...] | None:
         """What stands out in the map; None where no clusters of healthy scans are known."""

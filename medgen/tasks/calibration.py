@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from medgen.errors import BundleError, DataError
 from medgen.scores import filters
-from medgen.tasks.norms import norms
+from medgen.tasks.norms import Norms, norms
 
 # -- one number a scan -----------------------------------------------------------------------------------
 
@@ -49,6 +50,50 @@ def p_value(scores: Float[np.ndarray, " n"], new: float, *, two_sided: bool = Tr
     """
     healthy, mine = folded(scores, new, two_sided=two_sided)
     return float((1 + np.count_nonzero(healthy >= mine - 1e-9)) / (len(scores) + 1))
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a score lies among healthy ones.
+
+    Args:
+        unusual: its distance from their middle, in their spreads (see `folded`).
+        p: its conformal p-value.
+        among: how many healthy scores it was compared with.
+    """
+
+    unusual: float
+    p: float
+    among: int
+
+
+def placed(
+    scores: Float[np.ndarray, " n"],
+    new: float,
+    *,
+    two_sided: bool = True,
+    norms: Norms | None = None,
+    cells: Mapping[str, str] = MappingProxyType({}),
+) -> Place | None:
+    """A new score among healthy ones, of scans of the person's age and sex where these are known.
+
+    Args:
+        scores: of the healthy scans.
+        new: of the scan in question.
+        two_sided: low scores are as unusual as high ones.
+        norms: what age and sex do to healthy scores; None: they are not asked.
+        cells: what is known of the person.
+
+    Returns:
+        None with fewer than two healthy scores.
+    """
+    left = None if norms is None else norms.remainder(new, cells)
+    if norms is not None and left is not None:
+        scores, new = norms.residuals, left
+    if len(scores) < 2:
+        return None
+    p, unusual = p_value(scores, new, two_sided=two_sided), folded(scores, new, two_sided=two_sided)[1]
+    return Place(unusual, p, len(scores))
 
 
 def normals_needed(rate: float) -> int:
@@ -271,6 +316,7 @@ def from_bundle(
 
 __all__ = [
     "Normals",
+    "Place",
     "clusters",
     "folded",
     "from_bundle",
@@ -279,5 +325,6 @@ __all__ = [
     "normals",
     "normals_needed",
     "p_value",
+    "placed",
     "tail_mean",
 ]

@@ -23,7 +23,7 @@ from medgen.metrics.intervals import binomial_interval, bootstrap_interval, conf
 from medgen.metrics.localisation import voxel_counts
 from medgen.scan import Scan
 from medgen.scores.base import Healthy
-from medgen.tasks.calibration import folded, mask_threshold, normals_needed, p_value
+from medgen.tasks.calibration import mask_threshold, normals_needed, placed
 from medgen.tasks.detector import Batches, Detector, Questions
 from medgen.tasks.norms import Norms
 from medgen.tasks.selection import against, controls_of
@@ -98,14 +98,12 @@ class Method:
 
     def placed(self, value: float, case: Case) -> tuple[float, float]:
         """How unusual a number is, and its p-value; NaN for that without calibration."""
-        known, mine = self.healthy, value
-        if self.norms is not None and (left := self.norms.remainder(value, case.covariates)) is not None:
-            known, mine = self.norms.residuals, left
-        if np.isnan(value) or len(known) < 2:
-            return (np.inf if np.isnan(value) else value), float("nan")
-        fold = self.two_sided or self.norms is not None
-        unusual = folded(known, mine, two_sided=self.two_sided)[1] if fold else value
-        return unusual, p_value(known, mine, two_sided=self.two_sided)
+        if np.isnan(value):
+            return np.inf, float("nan")
+        place = placed(self.healthy, value, two_sided=self.two_sided, norms=self.norms, cells=case.covariates)
+        if place is None:
+            return value, float("nan")
+        return place.unusual if self.two_sided or self.norms is not None else value, place.p
 
 
 @dataclass(frozen=True, eq=False)

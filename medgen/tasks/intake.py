@@ -64,7 +64,7 @@ def given_with(
     """What the bundle's first model is given besides a scan: `cond` and `context` where it takes them, and `real`.
 
     Raises:
-        DataError: the scan's mask cannot be read, or a covariate has no such value.
+        DataError: the scan's mask cannot be read.
     """
     config = bundle.model.config
     told, given = told_of(config), dict[str, Tensor | None]()
