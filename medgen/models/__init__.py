@@ -14,6 +14,7 @@ FAMILIES = {
     "autoregressive": "medgen.models.autoregressive:Autoregressive",
     "flow": "medgen.models.flow:Flow",
     "flowmatch": "medgen.models.flowmatch:FlowMatch",
+    "gan": "medgen.models.gan:GAN",
     "hvae": "medgen.models.hvae:HVAE",
     "latentflowmatch": "medgen.models.latentflowmatch:LatentFlowMatch",
     "mixture": "medgen.models.mixture:Mixture",
