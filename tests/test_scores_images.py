@@ -370,9 +370,9 @@ def test_spreads_of_a_lopsided_column() -> None:
     generator = torch.Generator().manual_seed(0)
     normal = torch.randn(4000, 1, generator=generator).double()
     lopsided = torch.where(normal > 0, 3 * normal, normal)
-    z = Spreads(lopsided)(lopsided)
+    z = Spreads.of(lopsided)(lopsided)
     torch.testing.assert_close(z, normal, rtol=0.06, atol=0.06)
-    assert Spreads(torch.full((5, 1), 2.0).double())(torch.tensor([[2.0]]).double()).tolist() == [[0.0]]
+    assert Spreads.of(torch.full((5, 1), 2.0).double())(torch.tensor([[2.0]]).double()).tolist() == [[0.0]]
 
 
 def test_states_are_plain_values() -> None:

@@ -7,6 +7,7 @@ trained on. Those scans are known again and scored as though they had not been l
 """
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Annotated, Any, Literal
 
@@ -93,9 +94,9 @@ class DensityOfStates(Score):
             rows, maps, prints = _held(member, models, healthy, mine, self.maps)
             columns.append(rows)
             known |= prefixed(maps, f"{number}.map")
-        rows = torch.cat(columns, 1)
-        left_out = self._left_out(rows, [one.shape[1] for one in columns])
-        return known | {"rows": rows, "own": prints, "left_out": left_out}
+        rows, sizes = torch.cat(columns, 1).double(), [one.shape[1] for one in columns]
+        known |= prefixed(self._usual(rows, sizes), "usual")
+        return known | {"own": prints, "left_out": self._left_out(rows, sizes)}
 
     @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
@@ -110,7 +111,9 @@ class DensityOfStates(Score):
                 z = place_z(found.map[:, None], places, (own >= 0).to(found.map.device))[:, 0]
                 maps.append((z.abs() if member.two_sided else z).to(batch.x.device))
         sizes = [one.shape[1] for one in columns]
-        values = self.together(torch.cat(columns, 1), known["rows"].cpu().double(), sizes)
+        # Bundles of earlier versions keep the healthy rows themselves.
+        usual = self._usual(known["rows"].double(), sizes) if "rows" in known else part(known, "usual")
+        values = self._unusual(torch.cat(columns, 1), {name: t.cpu() for name, t in usual.items()}, sizes)
         values = torch.where(own >= 0, known["left_out"].cpu().double()[own], values)
         shown = torch.stack(maps).mean(0) if maps else None
         return Found(values[:, None].to(batch.x), None if shown is None else hidden(shown, batch.real))
@@ -119,26 +122,60 @@ class DensityOfStates(Score):
         self, columns: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"], sizes: list[int]
     ) -> Float[Tensor, " b"]:
         """How unusual rows of columns are among healthy rows; `sizes` are how many columns each member has."""
-        sided = self._sided(sizes)
-        spreads = Spreads(healthy)
-        z, usual = spreads(columns), spreads(healthy)
-        if self.how == "tails":
-            return self._tails(z, usual, sizes)
-        z, usual = (torch.where(sided, one, one.clamp(min=0)) for one in (z, usual))
-        if self.how == "mahalanobis":
-            return _squared(z, usual)[0].sqrt()
-        if self.how == "kde":
-            return _kernel_surprise(z, usual)
-        return torch.cdist(z, usual).topk(min(_NEIGHBOURS, len(usual)), largest=False).values.mean(1)
+        return self._unusual(columns, self._usual(healthy, sizes), sizes)
 
-    def _tails(self, z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"], sizes: list[int]) -> Float[Tensor, " b"]:
-        columns = zip(self.members, z.split(sizes, 1), healthy.split(sizes, 1), strict=True)
-        ones = [_as_one(member.two_sided, mine, others) for member, mine, others in columns]
-        members, usual = (torch.stack(one, 1) for one in zip(*ones, strict=True))
-        spreads = Spreads(usual)
-        alike = torch.corrcoef(spreads(usual).T).reshape(len(sizes), len(sizes)).nan_to_num().fill_diagonal_(1)
-        weight = 1 / alike.square().sum(1)
-        return (-torch.special.log_ndtr(-spreads(members)) * weight).sum(1) / weight.sum()
+    def _usual(self, healthy: Float[Tensor, "n k"], sizes: list[int]) -> dict[str, Tensor]:
+        """What has to be known of healthy rows, computed once."""
+        spreads = Spreads.of(healthy)
+        known, z = {"columns": spreads.stacked}, spreads(healthy)
+        if self.how == "tails":
+            return known | self._usual_members(z, sizes)
+        z = torch.where(self._sided(sizes), z, z.clamp(min=0))
+        return known | ({"inverse": _moments(z)[0]} if self.how == "mahalanobis" else {"rows": z})
+
+    def _usual_members(self, z: Float[Tensor, "n k"], sizes: list[int]) -> dict[str, Tensor]:
+        """Of each member with several columns, or a two-sided one, the moments; spreads and weights of all."""
+        known: dict[str, Tensor] = {}
+        ones = []
+        for number, (member, mine) in enumerate(zip(self.members, z.split(sizes, 1), strict=True)):
+            if _is_plain(member, mine):
+                ones.append(mine[:, 0])
+                continue
+            known[f"{number}.inverse"], squared = _moments(mine if member.two_sided else mine.clamp(min=0))
+            ones.append(squared ** (1 / 3))
+        members = torch.stack(ones, 1)
+        spreads = Spreads.of(members)
+        alike = torch.corrcoef(spreads(members).T).reshape(len(sizes), len(sizes)).nan_to_num().fill_diagonal_(1)
+        return known | {"members": spreads.stacked, "weight": 1 / alike.square().sum(1)}
+
+    def _unusual(self, columns: Float[Tensor, "b k"], known: Known, sizes: list[int]) -> Float[Tensor, " b"]:
+        """How unusual rows are, by what `_usual` knows."""
+        z = Spreads(*known["columns"])(columns)
+        if self.how == "tails":
+            return self._tails(z, known, sizes)
+        z = torch.where(self._sided(sizes), z, z.clamp(min=0))
+        if self.how == "mahalanobis":
+            return _squared(z, known["inverse"]).sqrt()
+        if self.how == "kde":
+            return _kernel_surprise(z, known["rows"])
+        near = torch.cdist(z, known["rows"]).topk(min(_NEIGHBOURS, len(known["rows"])), largest=False)
+        return near.values.mean(1)
+
+    def _tails(self, z: Float[Tensor, "b k"], known: Known, sizes: list[int]) -> Float[Tensor, " b"]:
+        """Each member as one number, the higher the less usual, about normal for healthy scans; their tails' mean.
+
+        Of several columns, or a two-sided one, the cube root of the squared Mahalanobis distance (Wilson & Hilferty
+        1931).
+        """
+        ones = []
+        for number, (member, mine) in enumerate(zip(self.members, z.split(sizes, 1), strict=True)):
+            if _is_plain(member, mine):
+                ones.append(mine[:, 0])
+                continue
+            mine = mine if member.two_sided else mine.clamp(min=0)
+            ones.append(_squared(mine, known[f"{number}.inverse"]) ** (1 / 3))
+        far = Spreads(*known["members"])(torch.stack(ones, 1))
+        return (-torch.special.log_ndtr(-far) * known["weight"]).sum(1) / known["weight"].sum()
 
     def _sided(self, sizes: list[int]) -> Bool[Tensor, " k"]:
         """Which columns are two-sided."""
@@ -147,7 +184,6 @@ class DensityOfStates(Score):
 
     def _left_out(self, rows: Float[Tensor, "n k"], sizes: list[int]) -> Float[Tensor, " n"]:
         """Each healthy row among the others."""
-        rows = rows.double()
         turn = torch.arange(len(rows)) % _FOLDS
         found = rows.new_empty(len(rows))
         for fold in turn.unique():
@@ -155,6 +191,7 @@ class DensityOfStates(Score):
         return found.float()
 
 
+@dataclass(frozen=True, eq=False)
 class Spreads:
     """How many spreads values lie above the healthy median: one spread above it and one below, for each column.
 
@@ -164,19 +201,30 @@ class Spreads:
     spreads as 8 (1 + log(z / 8)), so that a spread known from few scans, or too small, does not drown all else.
     """
 
-    def __init__(self, healthy: Float[Tensor, "n k"]) -> None:
-        self.middle = healthy.quantile(0.5, 0)
-        away = healthy - self.middle
+    middle: Float[Tensor, " k"]
+    above: Float[Tensor, " k"]
+    below: Float[Tensor, " k"]
+
+    @classmethod
+    def of(cls, healthy: Float[Tensor, "n k"]) -> "Spreads":
+        """Those of healthy values."""
+        middle = healthy.quantile(0.5, 0)
+        away = healthy - middle
         robust = _MAD * away.abs().quantile(0.5, 0)
         robust = torch.where(robust > 0, robust, away.square().mean(0).sqrt())
         away = away.clamp(-4 * robust, 4 * robust)
-        least = 1e-6 * self.middle.abs() + 1e-12
+        least = 1e-6 * middle.abs() + 1e-12
         common = away.square().mean(0)
         sides = []
         for side in (away > 0, away < 0):
             square = torch.where(side, away, 0).square().sum(0)
             sides.append(((square + _EVEN_SCANS * common) / (side.sum(0) + _EVEN_SCANS)).sqrt().maximum(least))
-        self.above, self.below = sides
+        return cls(middle, *sides)
+
+    @property
+    def stacked(self) -> Float[Tensor, "3 k"]:
+        """As a tensor, whose rows make them again."""
+        return torch.stack([self.middle, self.above, self.below])
 
     def __call__(self, values: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         """z of each value."""
@@ -186,22 +234,18 @@ class Spreads:
         return torch.where(far > 1, z.sign() * _LINEAR * (1 + far.log()), z)
 
 
-def _as_one(
-    two_sided: bool, z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]
-) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]]:
-    """A member's columns as one number, the higher the less usual, about normal for healthy scans.
-
-    Of several columns, or a two-sided one, the cube root of the squared Mahalanobis distance (Wilson & Hilferty 1931).
-    """
-    if z.shape[1] == 1 and not two_sided:
-        return z[:, 0], healthy[:, 0]
-    z, healthy = (one if two_sided else one.clamp(min=0) for one in (z, healthy))
-    squared, usual = _squared(z, healthy)
-    return squared ** (1 / 3), usual ** (1 / 3)
+def _is_plain(member: Score, z: Float[Tensor, "b k"]) -> bool:
+    """Whether a member's number is its only column."""
+    return z.shape[1] == 1 and not member.two_sided
 
 
-def _squared(z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> tuple[Float[Tensor, " b"], Float[Tensor, " n"]]:
-    """Squared Mahalanobis distances over k from 0; of healthy rows with the second moments of the others.
+def _squared(z: Float[Tensor, "b k"], inverse: Float[Tensor, "k k"]) -> Float[Tensor, " b"]:
+    """Squared Mahalanobis distances over k from 0."""
+    return ((z @ inverse) * z).sum(1).clamp(min=0) / z.shape[1]
+
+
+def _moments(healthy: Float[Tensor, "n k"]) -> tuple[Float[Tensor, "k k"], Float[Tensor, " n"]]:
+    """The inverse of the second moments of healthy rows, and each row's squared distance by those of the others.
 
     Without row z the moments (1 - s) S + r I lose (1 - s) z z' / n; their inverse is Sherman & Morrison's (1950).
     """
@@ -210,9 +254,9 @@ def _squared(z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> tuple[Fl
     healthy = healthy.clamp(-_FAR, _FAR)
     moments, shrinkage = ledoit_wolf(healthy.numpy(), assume_centered=True)
     inverse = torch.linalg.inv(torch.from_numpy(moments) + 1e-6 * torch.eye(len(moments), dtype=healthy.dtype))
-    squared, usual = (((one @ inverse) * one).sum(1).clamp(min=0) for one in (z, healthy))
-    usual = usual / (1 - (1 - shrinkage) / len(healthy) * usual).clamp(min=1e-3)
-    return squared / z.shape[1], usual / z.shape[1]
+    squared = ((healthy @ inverse) * healthy).sum(1).clamp(min=0)
+    usual = squared / (1 - (1 - shrinkage) / len(healthy) * squared).clamp(min=1e-3)
+    return inverse.contiguous(), usual / healthy.shape[1]
 
 
 def _kernel_surprise(z: Float[Tensor, "b k"], healthy: Float[Tensor, "n k"]) -> Float[Tensor, " b"]:
