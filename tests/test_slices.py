@@ -1,8 +1,9 @@
 """Volumes seen by models of images: slices are cut and put back to the voxel, and one map is made of all planes."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
-from typing import cast
+from typing import ClassVar, Literal, cast
 
 import numpy as np
 import pytest
@@ -23,7 +24,9 @@ from medgen.io.source import ReadOptions
 from medgen.models import build, config_of
 from medgen.models.abilities import Reconstructs
 from medgen.scan import Scan
-from medgen.scores.base import Found
+from medgen.scores.base import Found, Healthy, Score, part
+from medgen.scores.states import DensityOfStates
+from medgen.tasks.detector import Detector, Questions
 from medgen.tasks.intake import require_whole
 from medgen.tasks.plan import Choices, plan_training
 from medgen.tasks.slicewise import in_slices, slicewise
@@ -393,3 +396,31 @@ def test_a_preset_for_images_learns_and_scores_volumes_from_the_command_on(heads
     whole = Recipe(steps=(Orient(), CropOrPad(shape=(16, 16, 16)))).model_dump_json()
     with pytest.raises(ConfigError, match="Volumes need a slices step"):
         plan_training(heads, Choices("vae2d", overrides=[f"recipe={whole}"]))
+
+
+class Listening(Score):
+    """The brightness; counts the images it was asked about."""
+
+    heard: ClassVar[list[int]] = []
+
+    do: Literal["listening"] = "listening"
+
+    def __call__(self, models, batch, known):
+        self.heard.append(len(batch.x))
+        return brightness(batch)
+
+
+def test_who_is_asked_by_two_answers_once():
+    """A member of the score whose map is the detector's, too: images and slices pass through it one time."""
+    frames = [Batch(torch.rand(9, 1, 6, 10, generator=torch.Generator().manual_seed(seed))) for seed in (0, 1)]
+    score = DensityOfStates(members=(Listening(),), maps=False)
+    plain = Detector({}, Questions(score, Listening())).learned(Healthy(lambda: frames[:1], lambda: frames[1:]))
+    for detector, batch in ((plain, frames[0]), (replace(plain, slices=Slices(planes=("axial",))), Batch(volume()))):
+        Listening.heard.clear()
+        values, drawn = detector.examined(batch)
+        images = batch.x[:, 0] if detector.slices is None else batch.x[0, 0].movedim(2, 0)
+        assert sum(Listening.heard) == len(images)
+        assert np.array_equal(drawn, batch.x[:, 0].numpy())
+        alone = score({}, Batch(images[:, None]), part(plain.known, "score")).values[:, 0].double()
+        alone = alone if detector.slices is None else alone.mean(0, keepdim=True)
+        assert values == pytest.approx(alone.numpy(), rel=1e-6)

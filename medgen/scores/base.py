@@ -112,6 +112,19 @@ class Score(BaseModel):
         """How unusual each scan of a batch is; a scan's numbers do not depend on the other scans."""
         raise TypeError(f"{type(self).__name__} does not say how it scores")
 
+    def answer(self, models: Models, batch: Batch, known: Known, told: dict["Score", Found]) -> Found:
+        """The same, where several scores ask about one batch: whoever is asked twice answers once.
+
+        Args:
+            models: by name.
+            batch: prepared scans.
+            known: what it learned of healthy scans; equal scores that learned from the same scans know the same.
+            told: what was found in this batch so far, and afterwards what it finds as well.
+        """
+        if self not in told:
+            told[self] = self(models, batch, known)
+        return told[self]
+
 
 def best_class(model: Model, batch: Batch, score: Callable[[Batch], Found]) -> Found:
     """What `score` finds under the class that suits each scan best: the lowest first column.

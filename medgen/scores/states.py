@@ -98,13 +98,17 @@ class DensityOfStates(Score):
         known |= prefixed(self._usual(rows, sizes), "usual")
         return known | {"own": prints, "left_out": self._left_out(rows, sizes)}
 
-    @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
         """How unusual, and where."""
+        return self.answer(models, batch, known, {})
+
+    @torch.no_grad()
+    def answer(self, models: Models, batch: Batch, known: Known, told: dict[Score, Found]) -> Found:
+        """The same, with what its members told others already."""
         columns, maps = [], []
         own = own_rows(batch.x, known["own"])
         for number, member in enumerate(self.members):
-            found = member(models, batch, part(known, f"{number}.member"))
+            found = member.answer(models, batch, part(known, f"{number}.member"), told)
             columns.append(found.values.cpu().double())
             places = part(known, f"{number}.map")
             if found.map is not None and places:

@@ -166,22 +166,20 @@ class Detector:
         Raises:
             CapabilityError: neither a number nor a map comes of it.
         """
-        found = {name: self._asked(name, one, batch) for name, one in self.questions.each.items()}
-        mapped = found.get("map", found.get("score") if self.makes_maps else None)
-        raw = None if mapped is None or mapped.map is None else mapped.map.float().cpu().numpy()
-        if "score" in found:
-            return found["score"].values[:, 0].cpu().double().numpy(), raw
+        found = self._asked(batch) if self.slices is None else in_slices(self._asked, batch, self.slices)
+        raw = None if found.map is None else found.map.float().cpu().numpy()
+        if self.questions.score is not None:
+            return found.values[:, 0].cpu().double().numpy(), raw
         if raw is None:
             raise CapabilityError("What is asked where a scan is unusual made no map, and nothing else is asked.")
         return np.asarray([tail_mean(one) for one in raw]), raw
 
-    def _asked(self, name: str, score: Score, batch: Batch) -> Found:
-        """One score of a batch, slice by slice where models see slices."""
-
-        def ask(batch: Batch) -> Found:
-            return score(self.models, batch, part(self.known, name))
-
-        return ask(batch) if self.slices is None else in_slices(ask, batch, self.slices)
+    def _asked(self, batch: Batch) -> Found:
+        """The values of what is asked how unusual a scan is, and the map of what is asked where."""
+        told: dict[Score, Found] = {}
+        each = self.questions.each.items()
+        found = [one.answer(self.models, batch, part(self.known, name), told) for name, one in each]
+        return Found(found[0].values, found[-1].map if self.makes_maps else None)
 
     def learned(self, healthy: Healthy) -> "Detector":
         """The same, its scores having learned from healthy scans."""
