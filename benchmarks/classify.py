@@ -26,7 +26,8 @@ from medgen.metrics.classification import (
 )
 from medgen.models import build, config_of
 from medgen.models.base import Model
-from medgen.training.fit import FitConfig, fit, images_in
+from medgen.training.fit import FitConfig, fit
+from medgen.training.pace import images_in
 
 CLASSES = ("normal", "pneumonia")
 

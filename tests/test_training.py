@@ -1,6 +1,5 @@
-"""Training: the same weights whether interrupted or not, the best of them kept, and nothing but numbers accepted."""
+"""Training: the same weights whether interrupted or not, and the best of them kept."""
 
-import math
 import signal
 import threading
 import time
@@ -22,7 +21,8 @@ from medgen.log import reporting
 from medgen.models import build, config_of
 from medgen.models.base import Loss, Model, ModelConfig, Player
 from medgen.training.ema import MovingAverage
-from medgen.training.fit import FitConfig, check_finite, fit, images_in
+from medgen.training.fit import FitConfig, fit
+from medgen.training.pace import images_in
 from medgen.training.state import Progress, load_state, save_state
 
 QUICK = {"batch_size": 4, "precision": "float32", "warmup": 8, "ema": 20}
@@ -297,16 +297,6 @@ def test_the_time_of_every_stage_counts_towards_the_images_planned(volumes):
 def test_a_loss_that_is_not_finite_is_refused_with_the_name_of_its_term(volumes, wrong):
     with pytest.raises(TrainingError, match=rf"After 0 images.*'one'.*at fault: {wrong}\."):
         fit(toy(wrong), volumes[0], None, FitConfig(images=8, **QUICK))
-
-
-def test_only_the_terms_at_fault_are_named():
-    player = Player("critic", ())
-    bad, good = torch.tensor([1.0, math.inf]), torch.zeros(2)
-    check_finite(Loss(good, {"a": good}), player, 0)
-    with pytest.raises(TrainingError, match=r"critic.*at fault: b"):
-        check_finite(Loss(bad + good, {"a": good, "b": bad}), player, 12_000)
-    with pytest.raises(TrainingError, match="at fault: total"):
-        check_finite(Loss(bad, {"a": good}), player, 0)
 
 
 def test_memory_that_runs_out_is_a_sentence(volumes):

@@ -237,6 +237,19 @@ class Model(nn.Module):
         """Numbers that tell whether training went astray, such as how many code dimensions say anything."""
         return {}
 
+    def pulse(self, batch: Batch) -> dict[str, float]:
+        """Cheap numbers about how training goes, asked at every validation of the averaged weights.
+
+        `batch` has up to 64 real scans; it is asked in eval mode, without gradients and with the same randomness every
+        time. `medgen.training.doctor` knows what these mean:
+
+            variety     mean distance between generated scans over that between real ones
+            coverage    share of real scans that have a generated one among their neighbours
+            real_above  share of pairs in which the critic rates the real scan above the generated one; with it the
+                        loss is one of players who chase each other, and its course says nothing
+        """
+        return {}
+
     def in_micro_batches(
         self, n: int, size: int, draw: Callable[..., Float[Tensor, "size c *space"]], *given: Tensor | None
     ) -> Float[Tensor, "n c *space"]:

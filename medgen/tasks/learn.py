@@ -31,7 +31,8 @@ from medgen.tasks.plan import Choices, Part, Plan, plan_training
 from medgen.tasks.quality import quality, temperature_of
 from medgen.tasks.workspace import Workspace
 from medgen.training.doctor import complaints
-from medgen.training.fit import FitConfig, fit, images_in
+from medgen.training.fit import FitConfig, fit
+from medgen.training.pace import images_in
 from medgen.training.state import Progress
 
 
@@ -163,8 +164,7 @@ def _trained(
     )
     model.finalise(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
     health = model.health(batch.to(model.device) for batch in train_set.batches(settings.batch_size))
-    warnings = complaints(health)
-    for sentence in warnings:
+    for sentence in complaints(health):
         note(sentence)
     return model, {
         "images_seen": reached.trained,
@@ -172,8 +172,10 @@ def _trained(
         "stopped": _why_stopped(reached, settings),
         "fit": settings.model_dump(mode="json"),
         "health": health,
-        "warnings": warnings,
+        "warnings": [*complaints(health), *reached.warnings],
+        "remedies": reached.remedies,
         "history": reached.history,
+        "pulses": reached.pulses,
         # Anomalies of these kinds say nothing about how well a detector finds others.
         "anomaly_kinds": sorted(getattr(part.model, "kinds", ())),
     }

@@ -1,12 +1,9 @@
 """Train any model: `forward(batch, player)` is the loss, images seen are the clock."""
 
-import copy
 import math
-import signal
-import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Literal
 
@@ -20,13 +17,18 @@ from medgen.errors import TrainingError
 from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
 from medgen.seeds import derived_seed
+from medgen.training.diagnosis import COMPLAINTS, diagnosed
+from medgen.training.doctor import ailing, findings
+from medgen.training.during import evaluated, interruption, seeded
 from medgen.training.ema import MovingAverage
 from medgen.training.fabric import fabric_for
 from medgen.training.spans import active, last_stage, placed, schedule, stage, stage_end
 from medgen.training.state import Progress, load_state, optimizer_tensors, restore_optimizer, save_state
 
 # Which stream of randomness a seed is for; the numbers are arbitrary and fixed.
-_NOISE, _VALIDATION = 3, 4
+_NOISE, _VALIDATION, _PULSE = 3, 4, 5
+# Real scans that a model is shown for its data-dependent beginning, and for its pulse; held-out ones if so many.
+_SHOWN, _FEWEST = 64, 16
 
 
 class FitConfig(BaseModel):
@@ -47,6 +49,8 @@ class FitConfig(BaseModel):
         precision: 'auto' computes in bfloat16 where the machine does it natively and the model gains by it.
         augment: random transforms of training scans.
         workers: processes that draw and augment scans; 0 does it in this one.
+        remedies: how many times at most training goes back to its best weights, each time at half the learning rate,
+            where modes collapse, the loss diverges or it is not finite.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,6 +69,7 @@ class FitConfig(BaseModel):
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     augment: tuple[Augment, ...] = ()
     workers: int = Field(default=0, ge=0)
+    remedies: int = Field(default=0, ge=0)
 
 
 def fit(
@@ -94,7 +99,7 @@ def fit(
         seconds: training time, all sessions together, after which the next validation is the last.
 
     Raises:
-        TrainingError: a loss is not finite (the message names its term), or memory ran out.
+        TrainingError: a loss or gradient is not finite (the message names its term and layer), or memory ran out.
         KeyboardInterrupt: Ctrl-C; the state was saved at the end of the running step.
     """
     if not model.players():  # all of it has a closed form, which `finalise` finds
@@ -132,7 +137,7 @@ class _Run:
         saved = load_state(state_folder, self.facts) if state_folder else None
         if saved is None:
             model.to(self.fabric.device)
-            model.initialise(_first(train, 64).to(self.fabric.device))
+            model.initialise(next(train.batches(_SHOWN)).to(self.fabric.device))
         self.players = placed(model.players(), config.images, config.batch_size)
         betas, decay = (config.momentum, config.memory), config.weight_decay
         optimizers = [
@@ -154,12 +159,14 @@ class _Run:
         before_this, began = done.seconds, time.monotonic()
         every = max(config.batch_size, config.images // config.validations)
         started, saved_at = time.monotonic(), time.monotonic()
-        with _interruption() as interrupted, progress("Training (images seen)", config.images) as bar:
+        with interruption() as interrupted, progress("Training (images seen)", config.images) as bar:
             bar.advance(done.seen)
             batches = self._batches()
             while not done.finished:
                 batch = next(batches)
-                before, loss = done.seen, self._step(batch)
+                before, loss = done.seen, self._tried(batch)
+                if done.start is None and math.isfinite(loss):
+                    done.start = loss
                 done.seen += config.batch_size
                 self.average.update(self.model, images=config.batch_size, seen=done.seen)
                 if done.seen // every > before // every or done.seen >= config.images:
@@ -189,6 +196,16 @@ class _Run:
         for found in loader(self.draws, which, per_rank, workers=self.config.workers):
             yield found.to(self.fabric.device)
 
+    def _tried(self, batch: Batch) -> float:
+        """One step's loss; NaN where it could not be taken, and training went back to its best weights instead."""
+        try:
+            return self._step(batch)
+        except TrainingError as error:
+            if not self._remedies_left:
+                raise
+            self._go_back("a loss that is not finite", str(error))
+            return math.nan
+
     def _step(self, batch: Batch) -> float:
         """One update of every active player; returns the first one's loss, nats a voxel."""
         config, seen, shown = self.config, self.progress.seen, []
@@ -199,31 +216,112 @@ class _Run:
                 continue
             rate = schedule(player, seen, config.images, config.warmup, config.batch_size)
             for group in optimizer.param_groups:
-                group["lr"] = rate * config.learning_rate
-            with _seeded(derived_seed(self.seed, _NOISE, seen, self.fabric.global_rank), self.fabric.device):
-                loss: Loss = self.module(batch, player.name)
-            check_finite(loss, player, seen)
-            total = loss.total.mean() / batch.x[0].numel()
+                group["lr"] = rate * config.learning_rate * 0.5 ** len(self.progress.remedies)
+            total = self._loss(batch, player).total.mean() / batch.x[0].numel()
             optimizer.zero_grad(set_to_none=True)
             self.fabric.backward(total)
-            nn.utils.clip_grad_norm_(player.parameters, config.grad_clip)
+            norm = nn.utils.clip_grad_norm_(player.parameters, config.grad_clip)
+            # A GPU is waited for once: here, where weights can still be kept from what is not finite.
+            loss, size = torch.stack([total.detach(), norm.to(total)]).tolist()
+            if not math.isfinite(loss + size) and (error := self._diagnosed(batch, player)):
+                raise error
             optimizer.step()
-            shown.append(float(total.detach()))
+            shown.append(loss)
         return shown[0] if shown else math.nan
 
+    def _loss(self, batch: Batch, player: Player) -> Loss:
+        try:
+            with self._noise():
+                return self.module(batch, player.name)
+        except COMPLAINTS as refusal:
+            if error := self._diagnosed(batch, player):
+                raise error from refusal
+            raise
+
+    def _diagnosed(self, batch: Batch, player: Player) -> TrainingError | None:
+        def again() -> Loss:
+            with self._noise(), self.fabric.autocast():
+                return self.model(batch, player.name)
+
+        return diagnosed(self.model, batch, player, again, seen=self.progress.seen)
+
+    def _noise(self) -> AbstractContextManager[None]:
+        """The randomness of the present step."""
+        return seeded(derived_seed(self.seed, _NOISE, self.progress.seen, self.fabric.global_rank), self.fabric.device)
+
+    # -- validation ----------------------------------------------------------------------------
+
     def _validate(self, train_loss: float) -> None:
-        done = self.progress
-        held = train_loss if self.val is None else self._held_out_loss(self.val)
+        done, images = self.progress, self.config.images
+        held = self._examined(train_loss)
         done.history.append((done.seen, train_loss, held))
-        if self.val is None or held < done.best:
+        if (self.val is None or -math.inf < held < done.best) and not (self._remedies_left and ailing(done)):
             done.best, done.best_seen, done.stale = held, done.seen, 0
             self.best = {name: tensor.clone() for name, tensor in self.average.weights.items()}
-        else:
+        elif self.val is not None:
             done.stale += 1
         enough = done.stale >= self.config.patience and last_stage(self.players, done.seen)
+        if self._went_back(over=enough or done.seen >= images):
+            return
         if enough:
             note(f"Stopped early after {done.seen:,} images: no better on held-out scans since {done.best_seen:,}.")
-        done.finished = done.seen >= self.config.images or enough
+        done.finished = done.seen >= images or enough
+
+    def _examined(self, train_loss: float) -> float:
+        """What the averaged weights make of held-out scans: their mean loss, with the same noise every time."""
+        done, total, count = self.progress, 0.0, 0
+        with evaluated(self.model, self.average.weights):
+            with seeded(derived_seed(self.seed, _VALIDATION), self.fabric.device):
+                for batch in self.val.batches(self.config.batch_size) if self.val else ():
+                    moved = batch.to(self.fabric.device)
+                    with self.fabric.autocast():
+                        total += float(self.model.validation_loss(moved).sum()) / batch.x[0].numel()
+                    count += len(batch.x)
+            if type(self.model).pulse is not Model.pulse:  # else no scans need to be gathered
+                with seeded(derived_seed(self.seed, _PULSE), self.fabric.device):
+                    done.pulses.append((done.seen, self.model.pulse(self._real())))
+        return total / count if count else train_loss
+
+    def _real(self) -> Batch:
+        """Scans to measure generated ones by: held-out ones, or training scans where those are few; of all classes."""
+        scans = self.data if self.val is None or len(self.val) < _FEWEST else self.val
+        count = min(_SHOWN, len(scans))
+        return collate([scans[n * len(scans) // count] for n in range(count)]).to(self.fabric.device)
+
+    # -- trouble -------------------------------------------------------------------------------
+
+    @property
+    def _remedies_left(self) -> int:
+        return self.config.remedies - len(self.progress.remedies)
+
+    def _went_back(self, *, over: bool) -> bool:
+        """Say what the doctor finds, each trouble once a course, or go back to the best weights where that is left."""
+        done, config = self.progress, self.config
+        end = stage_end(self.players, done.began, config.images)
+        found = findings(done, end=end, warmup=config.warmup, held_out=self.val is not None, over=over)
+        for one in self.fabric.broadcast(found):  # training losses differ between devices
+            if one.remediable and self._remedies_left and done.seen < config.images:
+                self._go_back(one.trouble, one.sentence)
+                return True
+            if one.trouble not in done.told:
+                note(one.sentence)
+                done.told.append(one.trouble)
+                done.warnings.append(one.sentence)
+        return False
+
+    def _go_back(self, trouble: str, sentence: str) -> None:
+        """A remedy: the best weights again, at half the learning rate, and without what the optimisers remember."""
+        done = self.progress
+        done.remedies.append((done.seen, trouble))
+        done.begin_course()
+        self.model.load_state_dict(self.best)
+        self.average = MovingAverage(self.model, self.config.ema)
+        for optimizer in self.optimizers:
+            optimizer.optimizer.state.clear()
+        note(
+            f"{sentence} Remedy {len(done.remedies)} of {self.config.remedies}: training goes on from the weights of "
+            f"after {done.best_seen:,} images, at half the learning rate."
+        )
 
     def _begin_stage(self, before: int, train_loss: float) -> None:
         """Go on from the best weights so far, which those whose time begins may look at; the best is sought anew."""
@@ -234,9 +332,10 @@ class _Run:
         self.model.eval()
         for name in now:
             if name not in stage(self.players, before):
-                self.model.begin(name, _first(self.data, 64).to(self.fabric.device))
+                self.model.begin(name, next(self.data.batches(_SHOWN)).to(self.fabric.device))
         self.average = MovingAverage(self.model, self.config.ema)
-        done.best, done.best_seen, done.stale = math.inf, done.seen, 0
+        done.best, done.best_seen = math.inf, done.seen
+        done.begin_course()
         note(f"After {done.seen:,} images: training {', '.join(now)}.")
 
     def _time_is_up(self, spent: float, seconds: float | None) -> bool:
@@ -255,22 +354,6 @@ class _Run:
         done.skipped += end - done.seen
         done.seen = end
         return True
-
-    @torch.no_grad()
-    def _held_out_loss(self, val: ScanDataset) -> float:
-        """Mean loss of the averaged weights on validation scans, with the same noise every time."""
-        live = {name: tensor.detach().clone() for name, tensor in self.model.state_dict().items()}
-        self.model.load_state_dict(self.average.weights)
-        self.model.eval()
-        total = count = 0.0
-        with _seeded(derived_seed(self.seed, _VALIDATION), self.fabric.device):
-            for batch in val.batches(self.config.batch_size):
-                moved = batch.to(self.fabric.device)
-                with self.fabric.autocast():
-                    total += float(self.model.validation_loss(moved).sum()) / batch.x[0].numel()
-                count += len(batch.x)
-        self.model.load_state_dict(live)
-        return total / count
 
     # -- resuming ------------------------------------------------------------------------------
 
@@ -302,88 +385,4 @@ class _Run:
         note(f"Going on after {saved.seen:,} images.")
 
 
-# -- parts ---------------------------------------------------------------------------------------
-
-
-def images_in(minutes: float, model: Model, train: ScanDataset, config: FitConfig, *, device: str) -> tuple[int, float]:
-    """How many images `minutes` of training see on this machine, and seconds an image, by trying a few steps.
-
-    Of every stage, weighted by its part of the run.
-    """
-    trial = copy.deepcopy(model)
-    fabric = fabric_for(device, config.precision, mixed=model.mixed_precision_pays)
-    players = placed(trial.players(), config.images, config.batch_size)
-    optimizer = torch.optim.AdamW([p for player in players for p in player.parameters], lr=0.0, fused=True)
-    module, optimizer = fabric.setup(trial, optimizer)
-    batch = _first(train, config.batch_size).to(fabric.device)
-    seconds, since = 0.0, 0
-    while since < config.images:
-        until = min(config.images, stage_end(players, since, config.images))
-        now = [player for player in players if active(player, since, config.batch_size)]
-        timings = []
-        for _ in range(4):
-            begun = time.monotonic()
-            optimizer.zero_grad()
-            for player in now:
-                with _seeded(0, fabric.device):
-                    total = module(batch, player.name).total.mean() / batch.x[0].numel()
-                fabric.backward(total)
-                float(total.detach())  # a GPU computes behind our back: wait for it
-            optimizer.step()
-            timings.append(time.monotonic() - begun)
-        seconds += min(timings[1:]) / len(batch.x) * (until - since) / config.images
-        since = until
-    return max(config.batch_size, int(minutes * 60 / seconds)), seconds
-
-
-def check_finite(loss: Loss, player: Player, seen: int) -> None:
-    """Refuse a loss that is not finite, naming the term.
-
-    Raises:
-        TrainingError: some term is NaN or infinite.
-    """
-    if bool(torch.isfinite(loss.total).all()):
-        return
-    bad = [name for name, term in loss.terms.items() if not bool(torch.isfinite(term).all())] or ["total"]
-    raise TrainingError(
-        f"After {seen:,} images the loss of '{player.name}' is not finite; the term at fault: {', '.join(bad)}. "
-        "Lower the learning rate (--set fit.learning_rate=...), or look for extreme values in the scans."
-    )
-
-
-def _first(dataset: ScanDataset, count: int) -> Batch:
-    """Up to `count` scans."""
-    return collate([dataset[n] for n in range(min(count, len(dataset)))])
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    """torch's random state set by `seed` inside the block, and as before after it."""
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed % 2**63)
-        yield
-
-
-@contextmanager
-def _interruption() -> Iterator[threading.Event]:
-    """An event that Ctrl-C sets, so that a step can end before the state is saved."""
-    pressed = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield pressed
-        return
-    before = signal.getsignal(signal.SIGINT)
-
-    def handler(_signal: int, _frame: object) -> None:
-        if pressed.is_set():
-            raise KeyboardInterrupt  # a second Ctrl-C does not wait
-        pressed.set()
-
-    signal.signal(signal.SIGINT, handler)
-    try:
-        yield pressed
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-__all__ = ["FitConfig", "check_finite", "fit", "images_in"]
+__all__ = ["FitConfig", "fit"]

@@ -30,6 +30,12 @@ class Progress:
         seconds: spent training, all sessions together.
         finished: nothing is left to do.
         skipped: of `seen`, images that a stage left out because its part of the time was up.
+        began: images seen when the present course began: the run, a stage of it, or what followed a remedy.
+        start: loss of the first step of that course.
+        pulses: (images seen, what `Model.pulse` told).
+        told: which troubles were spoken of in that course.
+        warnings: sentences about troubles that were not remedied.
+        remedies: (images seen, the trouble for which training went back to its best weights).
     """
 
     seen: int = 0
@@ -40,6 +46,16 @@ class Progress:
     seconds: float = 0.0
     finished: bool = False
     skipped: int = 0
+    began: int = 0
+    start: float | None = None
+    pulses: list[tuple[int, dict[str, float]]] = field(default_factory=list)
+    told: list[str] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+    remedies: list[tuple[int, str]] = field(default_factory=list)
+
+    def begin_course(self) -> None:
+        """From here on training is judged anew."""
+        self.began, self.start, self.stale, self.told = self.seen, None, 0, []
 
     @property
     def trained(self) -> int:
@@ -87,8 +103,8 @@ def load_state(folder: Path, facts: dict[str, Any]) -> tuple[dict[str, Tensor], 
         )
     told = saved["progress"]
     # JSON has no tuples.
-    progress = Progress(**told | {"history": [(seen, trained, held) for seen, trained, held in told["history"]]})
-    return tensors, progress
+    pairs = {name: [tuple(row) for row in told.get(name, ())] for name in ("history", "pulses", "remedies")}
+    return tensors, Progress(**told | pairs)
 
 
 def optimizer_tensors(optimizer: Optimizer, prefix: str) -> dict[str, Tensor]:
