@@ -126,7 +126,7 @@ def _extracted(module: nn.Module, scans: Tensor, path: str) -> Float[Tensor, "n 
         try:
             rows = module(given)
             break
-        except RuntimeError as error:
+        except (RuntimeError, torch.jit.Error) as error:
             last = error
     if rows is None:
         reason = str(last).strip().splitlines()[-1]
