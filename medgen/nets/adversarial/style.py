@@ -72,8 +72,9 @@ class Modulated(nn.Module):
         scales = self.scales(style)
         y = self.conv(x * scales[over])
         if self.demodulated:
-            power = self.conv.weight.square().flatten(2).sum(2)
-            y = y * (scales.square() @ power.T + 1e-8).rsqrt()[over]
+            power = self.conv.weight.float().square().flatten(2).sum(2)
+            spread = (scales.float().square()[:, None] * power).sum(2)
+            y = y * (spread + 1e-8).rsqrt().to(y)[over]
         return y + self.bias[over]
 
 
