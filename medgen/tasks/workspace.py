@@ -46,6 +46,8 @@ class Workspace:
         signature = hashlib.sha256(json.dumps(settings, sort_keys=True, default=str).encode()).hexdigest()
         self.journal: dict[str, Any] = {"signature": signature, "done": {}}
         self.resumed = False
+        # Whether the file is what this session wrote, to the last byte: lines may be added.
+        self._whole = False
         try:
             if self.folder.exists():
                 self._take_over(signature, force)
@@ -56,10 +58,7 @@ class Workspace:
         place = self.folder / _JOURNAL
         if not place.exists() and any(path.name != f"{_JOURNAL}.part" for path in self.folder.iterdir()):
             raise OutputError(f"{self.folder} is no unfinished run of medgen. Move it away, or choose another -o.")
-        try:
-            journal = json.loads(place.read_text())
-        except (OSError, json.JSONDecodeError):
-            journal = {}
+        journal = _read(place)
         if journal.get("signature") == signature:
             self.journal, self.resumed = journal, True
         elif force or not journal:
@@ -76,21 +75,32 @@ class Workspace:
         return self.journal["done"]
 
     def record(self, name: str | None = None, facts: Any = True) -> None:
-        """Note in the journal that `name` is finished; survives an interruption right after."""
+        """Note in the journal that `name` is finished; survives an interruption right after.
+
+        The journal's first line is all that was known when it was last written whole, which the first call of a
+        session does, and every call without a name; each line after it is one more name with its facts.
+        """
         if name is not None:
             self.done[name] = facts
-        part = self.folder / (_JOURNAL + ".part")
+        place = self.folder / _JOURNAL
         try:
+            if name is not None and self._whole:
+                with place.open("a", encoding="utf-8") as file:
+                    file.write(json.dumps([name, facts]) + "\n")
+                return
             self.folder.mkdir(parents=True, exist_ok=True)
-            part.write_text(json.dumps(self.journal))
-            os.replace(part, self.folder / _JOURNAL)
+            part = place.with_name(_JOURNAL + ".part")
+            part.write_text(json.dumps(self.journal) + "\n", encoding="utf-8")
+            os.replace(part, place)
+            self._whole = True
         except OSError as error:
-            raise OutputError(f"Cannot write {part}: {error.strerror}. Free some space and run again.") from error
+            self._whole = False
+            raise OutputError(f"Cannot write {place}: {error.strerror}. Free some space and run again.") from error
 
     def start_again(self) -> None:
         """Throw away what an interrupted run left."""
         shutil.rmtree(self.folder)
-        self.journal["done"], self.resumed = {}, False
+        self.journal["done"], self.resumed, self._whole = {}, False, False
 
     def discard(self) -> None:
         """Leave nothing behind: there is nothing worth going on from."""
@@ -129,6 +139,22 @@ class Workspace:
         except OSError as error:
             raise OutputError(f"Cannot finish {self.out}: {error.strerror}.") from error
         return self.out
+
+
+def _read(place: Path) -> dict[str, Any]:
+    """What a journal says, up to the line that an interruption cut short; nothing where its first line is."""
+    try:
+        first, *lines = place.read_text(encoding="utf-8").split("\n")
+        journal = json.loads(first)
+    except (OSError, ValueError):
+        return {}
+    for line in lines:
+        try:
+            name, facts = json.loads(line)
+        except ValueError:
+            break
+        journal["done"][name] = facts
+    return journal
 
 
 def _replaceable(out: Path) -> bool:
