@@ -11,6 +11,7 @@ from torch.nn import functional
 from medgen.nets.adversarial.base import Architecture, Critic, Frame, Generator, doubled
 from medgen.nets.adversarial.growing import equalised, pixel_normal
 from medgen.nets.adversarial.residual import GrainGains, ResNet
+from medgen.nets.adversarial.scales import enlarged
 from medgen.nets.blocks import Unfold, channels_last, conv
 
 _LEAK = 0.2
@@ -90,14 +91,14 @@ class _StyleGenerator(Generator):
         self.mapping = nn.Sequential(*layers)
         self.start = nn.Parameter(torch.randn(widths[-1], *frame.at(frame.levels)))
         self.first = Modulated(dims, widths[-1], widths[-1], style)
-        self.stages, self.greys = nn.ModuleList(), nn.ModuleList()
+        self.layers, self.greys, self.depth = nn.ModuleList(), nn.ModuleList(), frame.depth
         for level in reversed(range(frame.levels)):
             sizes = [widths[level + 1], *[widths[level]] * frame.depth]
-            self.stages.append(nn.ModuleList(Modulated(dims, size, widths[level], style) for size in sizes))
+            self.layers += [Modulated(dims, size, widths[level], style) for size in sizes]
         for width in reversed(widths):
             outside = frame.channels * frame.fold**dims
             self.greys.append(Modulated(dims, width, outside, style, kernel=1, demodulated=False))
-        self.unfold, self.mode = Unfold(dims, frame.fold), "bilinear" if dims == 2 else "trilinear"
+        self.unfold = Unfold(dims, frame.fold)
 
     def forward(self, code: Tensor, told: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
         """One scan."""
@@ -105,12 +106,12 @@ class _StyleGenerator(Generator):
         style = self.mapping(self.joined(pixel_normal(code), told))
         x = _active(self.first(self.start.expand(len(code), *self.start.shape), style))
         scan = self.unfold(self.greys[0](x, style))
-        for level, (stage, grey) in enumerate(zip(self.stages, self.greys[1:], strict=True)):
-            first, *others = stage
-            x = _active(self.grains(first(doubled(x), style), grain, level))
-            for layer in others:
-                x = _active(layer(x, style))
-            scan = functional.interpolate(scan, scale_factor=2, mode=self.mode) + self.unfold(grey(x, style))
+        for n, layer in enumerate(self.layers):
+            level, nth = divmod(n, 1 + self.depth)
+            x = self.grains(layer(doubled(x), style), grain, level) if nth == 0 else layer(x, style)
+            x = _active(x)
+            if nth == self.depth:
+                scan = enlarged(scan) + self.unfold(self.greys[level + 1](x, style))
         return [scan]
 
 
