@@ -8,7 +8,6 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from jaxtyping import Bool, Float
 
 from medgen import io
@@ -28,6 +27,7 @@ from medgen.tasks.intake import given_with, taken_in
 from medgen.tasks.norms import Norms
 from medgen.tasks.worklist import Scored, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
+from medgen.training.device import device_for
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,8 @@ def score(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
     detector = Detector.of(bundle)
-    target = "cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu"
     for model in bundle.models.values():
-        model.to(target)
+        model.to(device_for(device))
     notes = _limits(bundle, detector, rate, maps)
     for sentence in notes:
         note(sentence)
