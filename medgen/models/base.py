@@ -212,6 +212,11 @@ class Model(nn.Module):
         return self.config.dims == 3
 
     @property
+    def first_scans(self) -> int:
+        """How many scans at most `initialise` is shown."""
+        return 64
+
+    @property
     def device(self) -> torch.device:
         """Where its numbers are."""
         return next(chain(self.parameters(), self.buffers())).device
@@ -241,7 +246,7 @@ class Model(nn.Module):
         """Cheap numbers about how training goes, asked at every validation of the averaged weights.
 
         `batch` has up to 64 real scans; it is asked in eval mode, without gradients and with the same randomness every
-        time. `medgen.training.doctor` knows what these mean:
+        time. It tells nothing of players whose time is over. `medgen.training.doctor` knows what these mean:
 
             variety     mean distance between generated scans over that between real ones
             coverage    share of real scans that have a generated one among their neighbours

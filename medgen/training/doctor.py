@@ -76,8 +76,8 @@ def _mode_collapse(done: Progress, way: float, lasting: int) -> Finding | None:
     if not seen:
         return None
     cure = (
-        "Lower fit.learning_rate, raise the critic's penalties (model.r1, model.r2), give it fewer certainties "
-        "(model.diffaugment=true), or take the relativistic loss (model.loss=relativistic)."
+        "Raise the critic's penalties (model.r1, model.r2), lower fit.learning_rate, change what the critic sees "
+        "(model.diffaugment=0.5), or take the relativistic loss (model.loss=relativistic)."
     )
     return Finding("mode collapse", f"Mode collapse: after {done.seen:,} images {seen}. {cure}", remediable=True)
 
@@ -91,7 +91,7 @@ def _saturation(done: Progress, way: float) -> Finding | None:
         "critic saturation",
         f"Critic saturation: after {done.seen:,} images, and in {_VALIDATIONS} validations on end, the critic rates "
         f"{min(right):.0%} of real scans above generated ones; one that is never wrong teaches little. "
-        "Raise its penalties (model.r1, model.r2), switch on model.diffaugment, or make it smaller.",
+        "Raise its penalties (model.r1, model.r2), set model.diffaugment=0.5, or lower model.critic_rate.",
     )
 
 
