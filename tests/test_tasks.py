@@ -3,6 +3,8 @@
 import csv
 import json
 import shutil
+import signal
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel
@@ -23,6 +25,7 @@ from medgen.data.manifest import Manifest, index
 from medgen.errors import BundleError, ConfigError, DataError, OutputError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.raster import write_npz
+from medgen.io.source import ReadOptions
 from medgen.log import reporting
 from medgen.models.vae import VAE
 from medgen.scan import Scale
@@ -419,6 +422,26 @@ def test_scoring_goes_on_where_it_was_interrupted(heads, heads_bundle, tmp_path,
     whole, out = files(tmp_path / "whole"), files(tmp_path / "out")
     assert set(whole) == set(out)
     assert whole["scores.csv"] == out["scores.csv"]
+
+
+def test_scores_by_another_calibration_or_reading_are_not_mixed_with_those_found_before(
+    heads, heads_bundle, tmp_path, monkeypatch
+):
+    from medgen.tasks import anomaly
+
+    folder, out, bundle = some(heads, tmp_path / "scans", 2), tmp_path / "out", Bundle.load(heads_bundle)
+    with monkeypatch.context() as patch:
+        patch.setattr(anomaly._Run, "score", lambda *_: signal.raise_signal(signal.SIGINT))
+        with pytest.raises(KeyboardInterrupt):
+            medgen.score(folder, bundle, out)
+    recalibrated = replace(bundle, calibration={**bundle.calibration, "scores": [0.0, *bundle.calibration["scores"]]})
+    moved = {name: 2 * tensor if name == "sd" else tensor for name, tensor in bundle.tensors.items()}
+    for other in (recalibrated, replace(bundle, tensors=moved)):
+        with pytest.raises(OutputError, match="other settings"):
+            medgen.score(folder, other, out)
+    with pytest.raises(OutputError, match="other settings"):
+        medgen.score(folder, bundle, out, options=ReadOptions(on_nan="zero"))
+    assert not medgen.score(folder, heads_bundle, out).failed
 
 
 # -- augment -------------------------------------------------------------------------------------------

@@ -4,8 +4,11 @@ The p-value places a scan's score among those of held-out healthy scans; the map
 standard deviations it lies from the healthy mean at each place (see `medgen.tasks.detector`).
 """
 
+import json
 from dataclasses import asdict, dataclass, replace
+from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Bool, Float
@@ -97,7 +100,8 @@ def score(
     notes = _limits(bundle, detector, rate, maps)
     for sentence in notes:
         note(sentence)
-    settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "rate": rate, "maps": maps}
+    settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "values": _values_of(bundle)}
+    settings |= {"rate": rate, "maps": maps, "options": vars(options)}
     work = Workspace(out, settings, force=force)
     run = _Run(bundle, detector, Norms.of(bundle.calibration), work.folder, rate, maps, options)
     with io.opened(scans) as place:
@@ -124,6 +128,16 @@ def score(
         _write(result, work.folder)
     work.finish({"command": "score", "settings": settings, "notes": notes, "failed": result.failed})
     return result
+
+
+def _values_of(bundle: Bundle) -> str:
+    """sha256 of what decides its answers besides the weights: configs, recipe, contract and calibration."""
+    stated: dict[str, Any] = {name: model.config.model_dump(mode="json") for name, model in bundle.models.items()}
+    parts = (stated, bundle.recipe.model_dump(mode="json"), bundle.contract.model_dump(mode="json"), bundle.calibration)
+    digest = sha256(json.dumps(parts, sort_keys=True).encode())
+    for name, tensor in sorted(bundle.tensors.items()):
+        digest.update(name.encode() + tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _limits(bundle: Bundle, detector: Detector, rate: float, maps: bool) -> list[str]:
