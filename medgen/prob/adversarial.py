@@ -74,7 +74,7 @@ def slope(judged: Callable[[list[Tensor]], Float[Tensor, "b p"]], scans: Sequenc
         judged: from scans (at every size) to verdicts; the sum over patches is differentiated.
         scans: at every size (b, c, *space).
     """
-    at = [scan.detach().requires_grad_() for scan in scans]
+    at = [scan.detach().float().requires_grad_() for scan in scans]
     found = torch.autograd.grad(judged(at).sum(), at, create_graph=True)
     return torch.stack([one.flatten(1).square().sum(1) for one in found]).sum(0)
 

@@ -5,12 +5,20 @@ from typing import Annotated, Literal
 from pydantic import Field, model_validator
 
 from medgen.models.base import ConditionedConfig
+from medgen.nets.adversarial.cell import Cell
+from medgen.nets.adversarial.growing import Growing
 from medgen.nets.adversarial.plain import DCGAN, Perceptron
 from medgen.nets.adversarial.residual import ResNet
+from medgen.nets.adversarial.scales import Laplacian, MultiScale
+from medgen.nets.adversarial.style import Style
+from medgen.nets.adversarial.translation import Spade, Translation
 from medgen.prob.adversarial import AdversarialName
 
 ConditionName = Literal["none", "concat", "projection", "auxiliary", "semi-supervised", "information"]
-Architectures = Annotated[Perceptron | DCGAN | ResNet, Field(discriminator="kind")]
+Architectures = Annotated[
+    Perceptron | DCGAN | ResNet | Style | Growing | MultiScale | Laplacian | Cell | Translation | Spade,
+    Field(discriminator="kind"),
+]
 
 
 class GANConfig(ConditionedConfig):

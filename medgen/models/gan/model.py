@@ -18,6 +18,7 @@ training only has to add what a Gaussian lacks.
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from math import prod
 from typing import Any
 
 import torch
@@ -45,6 +46,8 @@ _MICRO_BATCH = {2: 16, 3: 4}
 _FEATURES, _PULL = 1.0, 0.1
 # Scans that coverage is told of.
 _MOST_JUDGED = 500
+# Voxels that the generator's beginning is fitted to.
+_MOST_VOXELS = 2**24
 
 
 class GAN(Model):
@@ -84,6 +87,11 @@ class GAN(Model):
     def mixed_precision_pays(self) -> bool:
         """Slopes of slopes want all their digits."""
         return False
+
+    @property
+    def first_scans(self) -> int:
+        """As many as memory easily takes: a Gaussian of all the scans beats one of a few."""
+        return max(64, _MOST_VOXELS // (self.config.channels * prod(self.config.shape)))
 
     def players(self) -> list[Player]:
         """The critic and the generator in turn; then, posthoc, the encoder."""

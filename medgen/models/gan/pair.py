@@ -78,7 +78,7 @@ class Pair(nn.Module):
                 semi=config.condition == "semi-supervised" and config.tells_classes,
                 codes=sum(config.codes),
                 paired=config.latent if config.inference == "joint" else 0,
-                biased=config.loss not in ("relativistic", "wasserstein"),
+                biased=config.loss in ("non-saturating", "least-squares"),
             )
         plain = replace(frame, spectral=False)
         self.reader = None if config.inference == "none" else CodeReader(kind.critic(plain), config.latent)
