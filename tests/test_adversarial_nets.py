@@ -482,6 +482,17 @@ def test_a_patch_critic_judges_patches_by_what_is_near():
 def test_a_spade_critic_sees_two_scales_where_there_are_two():
     for levels, scales in ((0, 1), (2, 2)):
         frame = framed("2d", levels=levels)
-        found = built("spade", frame)[1](([scans(frame)]), noise(COUNT, 1, *frame.shape))
+        found = built("spade", frame)[1]([scans(frame)], noise(COUNT, 1, *frame.shape))
         space = frame.at(levels)
         assert found.shape[2:] == (space if scales == 1 else (2, *space))
+
+
+def test_the_second_scale_of_a_spade_critic_does_not_see_what_halving_takes_away():
+    frame = framed("2d")
+    critic, real = built("spade", frame)[1], scans(frame)
+    stripes = real + torch.tensor([1.0, -1.0]).repeat(frame.shape[1] // 2)
+    image = noise(COUNT, 1, *frame.shape)
+    with torch.no_grad():
+        plain, striped = critic([real], image), critic([stripes], image)
+    torch.testing.assert_close(plain[:, :, 1], striped[:, :, 1], atol=1e-5, rtol=1e-4)
+    assert not torch.allclose(plain[:, :, 0], striped[:, :, 0], atol=1e-3)
