@@ -98,9 +98,41 @@ class GANConfig(ConditionedConfig):
     def _fits(self) -> "GANConfig":
         if any(n % self.stride for n in self.shape):
             raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+        kind, takes_image = self.architecture, self.architecture.kind in ("unet", "spade")
+        if bool(self.context) != takes_image:
+            raise ValueError(
+                f"architecture '{kind.kind}' {'makes scans of' if takes_image else 'takes no'} given images: unet and "
+                f"spade do, with a context of 1 or more (--context mask); found context {self.context}"
+            )
+        if not kind.whole and (self.start == "principal" or self.diffaugment or self.loss == "energy"):
+            raise ValueError(
+                f"architecture '{kind.kind}' shows scans to the critic in parts: start principal, diffaugment and the "
+                "loss energy want them whole"
+            )
         if (self.condition == "information") != (sum(self.codes) > 0):
             raise ValueError("condition 'information' and codes (categories, numbers) go together")
         return self
+
+    @model_validator(mode="after")
+    def _goes_together(self) -> "GANConfig":
+        kind = self.architecture.kind
+        if kind in ("laplacian", "multi-scale") and self.start != "noise":
+            raise ValueError(f"architecture '{kind}' begins at its coarsest size, so start must be 'noise'")
+        if kind == "laplacian" and (self.loss == "energy" or self.grain != "none" or self.fidelity):
+            raise ValueError(
+                "architecture 'laplacian' judges residuals, not scans: it takes no loss 'energy', no grain, no fidelity"
+            )
+        if self.loss == "energy" and (self.inference == "joint" or self._tells):
+            raise ValueError(
+                f"the critic of loss 'energy' is an autoencoder, which takes condition 'none' or 'concat' and "
+                f"inference 'none' or 'posthoc'; found '{self.condition}' and '{self.inference}'"
+            )
+        return self
+
+    @property
+    def _tells(self) -> bool:
+        """Whether more than a verdict is read from the critic's features."""
+        return self.condition == "information" or bool(self.told and self.condition != "concat") or self.tells_classes
 
 
 __all__ = ["Architectures", "ConditionName", "GANConfig"]

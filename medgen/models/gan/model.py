@@ -96,8 +96,8 @@ class GAN(Model):
     def players(self) -> list[Player]:
         """The critic and the generator in turn; then, posthoc, the encoder."""
         config, late = self.config, self.config.inference == "posthoc"
-        made = [*self.pair.generator.parameters()]
-        made += [p for part in (self.pair.start, self.pair.grain) if part is not None for p in part.parameters()]
+        grain = [] if self.pair.grain is None else [*self.pair.grain.parameters()]
+        made = [*self.pair.generator.parameters(), *grain]
         found = [] if self.pair.reader is None else [*self.pair.reader.parameters()]
         until = config.share if late else None
         players = [
@@ -114,7 +114,9 @@ class GAN(Model):
         none = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device)
         index = class_indices(self.config, batch.cond)
         index = none if index is None else index
-        self.shares.copy_(torch.bincount(index, minlength=len(self.shares)) / len(index))
+        known = index[self._known(batch.cond, len(index)) > 0]
+        if len(known):
+            self.shares.copy_(torch.bincount(known, minlength=len(self.shares)) / len(known))
         if self.pair.start is not None:
             self.pair.start.fit(centred(batch.x), index if self.config.told else none)
 
@@ -197,7 +199,7 @@ class GAN(Model):
     def _encoder(self, batch: Batch) -> dict[str, Tensor]:
         """How far a scan is from what is generated of its code, voxel by voxel and in the critic's features."""
         pair, told = self.pair, self.pair.told(batch.cond, len(batch.x))
-        with _held(pair.judge, pair.generator, pair.start, still=True):
+        with _held(pair.judge, pair.generator, still=True):
             again = replace(batch, x=self._again(batch, told))
             seen, shown = (pair.judged(pair.real(told, one)).features for one in (batch, again))
             apart = 4 * (again.x - batch.x).square().flatten(1).mean(1)
@@ -208,8 +210,14 @@ class GAN(Model):
         index = class_indices(self.config, batch.cond)
         if index is None or opinion.classes is None or batch.cond is None:
             return opinion.verdict.new_zeros(len(opinion.verdict))
-        known = 1.0 if batch.cond.ndim == 1 else batch.cond[:, : len(self.config.classes)].sum(1)
+        known = self._known(batch.cond, len(index))
         return functional.cross_entropy(opinion.classes, index, reduction="none") * known
+
+    def _known(self, cond: Tensor | None, count: int) -> Float[Tensor, " b"]:
+        """1 for scans whose class is told, 0 for those whose row of `cond` tells none."""
+        if cond is None or cond.ndim == 1 or not self.config.classes:
+            return torch.ones(count, device=self.device)
+        return cond[:, : len(self.config.classes)].sum(1)
 
     # -- how training goes -------------------------------------------------------------------------
 
@@ -226,9 +234,10 @@ class GAN(Model):
         return self.config.inference == "posthoc" and 1 > self.progress >= self.config.share
 
     def _drawn(self, batch: Batch) -> Float[Tensor, "b c *space"]:
-        """As many scans told the same, of torch's random state."""
-        count = len(batch.x)
-        return uncentred(self.pair.made(self.pair.draws(count), self.pair.told(batch.cond, count), batch.context))
+        """As many scans told the same, of torch's random state; with voxel noise where real scans have it."""
+        count, grain = len(batch.x), self.pair.grain
+        made = self.pair.made(self.pair.draws(count), self.pair.told(batch.cond, count), batch.context)
+        return uncentred(made if grain is None else grain(made))
 
     @torch.no_grad()
     def pulse(self, batch: Batch) -> dict[str, float]:
@@ -303,7 +312,7 @@ class GAN(Model):
             CapabilityError: the model has no way to find codes.
         """
         self._grow()
-        if cond is None and self.config.told:
+        if cond is None and self.config.told and self.config.classes:
             cond = self.shares.argmax().expand(len(x))
         batch = Batch(x, cond, context)
         return self._again(batch, self.pair.told(cond, len(x)))
@@ -360,11 +369,10 @@ def _alike(features: Float[Tensor, "b w"]) -> Float[Tensor, ""]:
 
 
 @contextmanager
-def _held(*modules: nn.Module | None, still: bool = False) -> Iterator[None]:
+def _held(*modules: nn.Module, still: bool = False) -> Iterator[None]:
     """Parameters without gradients inside the block, whose graph keeps so; `still` in evaluation mode, too."""
-    present = [module for module in modules if module is not None]
-    parameters = [p for module in present for p in module.parameters() if p.requires_grad]
-    modes = [(part, part.training) for module in present for part in module.modules()] if still else []
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    modes = [(part, part.training) for module in modules for part in module.modules()] if still else []
     for parameter in parameters:
         parameter.requires_grad_(False)
     for part, _ in modes:

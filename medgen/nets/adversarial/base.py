@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Float
@@ -121,9 +121,13 @@ class Critic(nn.Module, ABC):
 
 
 class Architecture(BaseModel, ABC):
-    """How generator and critic are built; a field of the model's config, told apart by `kind`."""
+    """How generator and critic are built; a field of the model's config, told apart by `kind`.
+
+    `whole` says that the critic sees scans as they are: at full size, not in parts or as they grow.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
+    whole: ClassVar[bool] = True
 
     kind: Any
 

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from itertools import pairwise
 from math import ceil, prod
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ class Growing(Architecture):
     """
 
     kind: Literal["progressive"] = "progressive"
+    whole: ClassVar[bool] = False
 
     def generator(self, frame: Frame) -> Generator:
         """From coarse to fine."""

@@ -15,6 +15,8 @@ from medgen.nets.adversarial.base import Architecture, Critic, Frame, Generator,
 from medgen.nets.blocks import Fold, Unfold, channels_last, conv
 
 _LEAK = 0.2
+# Spread of the first weights of a generator's last layer: it begins with little to say beside its start.
+_SMALL = 0.01
 NormName = Literal["none", "batch", "condition"]
 
 
@@ -125,6 +127,8 @@ class _ResNetGenerator(Generator):
         self.norm, self.leak = Normalisation(dims, widths[0], "none" if plain else "batch", 0), _LEAK if plain else 0.0
         self.last = spectral(conv(dims, widths[0], frame.channels * frame.fold**dims), frame.spectral)
         self.unfold, self.bounded = Unfold(dims, frame.fold), not plain
+        if plain and not frame.spectral:
+            nn.init.normal_(self.last.weight, std=_SMALL)
         channels_last(self, dims)
 
     def forward(self, code: Tensor, told: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -33,6 +33,7 @@ class MultiScale(Architecture):
     """
 
     kind: Literal["multi-scale"] = "multi-scale"
+    whole: ClassVar[bool] = False
 
     def generator(self, frame: Frame) -> Generator:
         """Every level's features are made a scan of that size, too."""
@@ -101,6 +102,7 @@ class Laplacian(Architecture):
     """
 
     kind: Literal["laplacian"] = "laplacian"
+    whole: ClassVar[bool] = False
 
     def generator(self, frame: Frame) -> Generator:
         """One for every level."""

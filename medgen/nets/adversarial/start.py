@@ -11,11 +11,10 @@ _SCANS_A_DIRECTION = 2
 class PrincipalStart(nn.Module):
     """The linear part of a generator: probabilistic principal components, class by class.
 
-        G(z, y) = m_y + U L_y z + s e + net(z, y)
+        G(z, y) = m_y + U L_y z + net(z, y)
 
-    U are directions of the scans about their class means, L_y the Cholesky factor of the class's covariance in them,
-    s the spread that is left at each voxel with its noise e (Tipping & Bishop 1999; here classes share U). It begins
-    as that Gaussian, and everything is trained on with the networks.
+    U are directions of the scans about their class means, L_y the Cholesky factor of the class's covariance in them
+    (Tipping & Bishop 1999; here classes share U). It stays as it was fitted: what it lacks is for the network.
 
     Args:
         shape: (c, *space).
@@ -23,12 +22,16 @@ class PrincipalStart(nn.Module):
         classes: how many; 0 counts as one.
     """
 
+    mean: Tensor
+    directions: Tensor
+    factors: Tensor
+
     def __init__(self, shape: tuple[int, ...], code: int, classes: int) -> None:
         super().__init__()
         self.shape, count = shape, max(1, classes)
-        self.mean = nn.Parameter(torch.zeros(count, *shape))
-        self.directions = nn.Parameter(torch.zeros(code, *shape))
-        self.factors = nn.Parameter(torch.eye(code).repeat(count, 1, 1))
+        self.register_buffer("mean", torch.zeros(count, *shape))
+        self.register_buffer("directions", torch.zeros(code, *shape))
+        self.register_buffer("factors", torch.eye(code).repeat(count, 1, 1))
 
     def forward(self, code: Float[Tensor, "b k"], weights: Float[Tensor, "b classes"]) -> Float[Tensor, "b c *space"]:
         """Scans on the scale -1 to 1; `weights` say of which class each is."""
