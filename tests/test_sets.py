@@ -5,6 +5,7 @@ import json
 import numpy as np
 import pytest
 import torch
+from sklearn.covariance import ledoit_wolf
 
 from medgen.errors import ConfigError, DataError
 from medgen.metrics import encoder as encoders
@@ -72,8 +73,17 @@ def test_the_frechet_distance_is_that_of_two_gaussians():
     assert frechet(x, y) == pytest.approx(expected, rel=0.03)
     assert frechet(x, x) == pytest.approx(0, abs=1e-6)
     assert frechet(x, y) == pytest.approx(frechet(y, x))
-    # Fewer rows than columns are no obstacle.
-    assert np.isfinite(frechet(normal(12, 60), normal(12, 60, seed=1)))
+
+
+def test_rows_of_more_columns_than_there_are_rows_have_the_distance_of_their_whole_covariances():
+    x, y = normal(12, 60), normal(14, 60, seed=1, sd=2)
+    a, b = ledoit_wolf(x)[0], ledoit_wolf(y)[0]
+    apart = ((x.mean(0) - y.mean(0)) ** 2).sum()
+    expected = apart + np.trace(a + b) - 2 * np.sqrt(np.linalg.eigvals(a @ b).real).sum()
+    assert frechet(x, y) == pytest.approx(expected)
+    wide = compare_sets(normal(20, 600, seed=2, mean=1), normal(20, 600), normal(20, 600, seed=1)).measures
+    assert wide["c2st_linear"].value > 0.9
+    assert wide["frechet"].ratio > 1.3
 
 
 def test_the_kernel_distance_is_unbiased_and_its_standard_error_holds():

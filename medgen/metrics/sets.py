@@ -168,14 +168,24 @@ def frechet(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"]) -> float:
     Covariances are shrunk as Ledoit & Wolf (2004) do, because there may be fewer rows than columns. It still falls
     with the number of rows: compare only distances with the same n and m.
     """
-    from sklearn.covariance import ledoit_wolf
+    from sklearn.covariance import ledoit_wolf_shrinkage
 
-    a, b = ledoit_wolf(x)[0], ledoit_wolf(y)[0]
-    values, vectors = np.linalg.eigh(a)
+    apart, d = x.mean(0) - y.mean(0), x.shape[1]
+    x, y = x - x.mean(0), y - y.mean(0)
+    # Where columns outnumber rows, both covariances are multiples of one outside the space of the rows.
+    basis = np.linalg.qr(np.concatenate([x, y]).T)[0] if d > len(x) + len(y) else np.eye(d)
+    inside, outside = [], []
+    for rows in (x, y):
+        shrinkage = ledoit_wolf_shrinkage(rows, assume_centered=True)
+        least = shrinkage * (rows**2).sum() / len(rows) / d
+        rows = rows @ basis
+        inside.append((1 - shrinkage) * rows.T @ rows / len(rows) + least * np.eye(basis.shape[1]))
+        outside.append(least)
+    values, vectors = np.linalg.eigh(inside[0])
     root = (vectors * np.sqrt(np.clip(values, 0, None))) @ vectors.T
-    both = np.sqrt(np.clip(np.linalg.eigvalsh(root @ b @ root), 0, None)).sum()
-    apart = x.mean(0) - y.mean(0)
-    return max(0.0, float(apart @ apart + np.trace(a) + np.trace(b) - 2 * both))
+    both = np.sqrt(np.clip(np.linalg.eigvalsh(root @ inside[1] @ root), 0, None)).sum()
+    rest = (d - basis.shape[1]) * (np.sqrt(outside[0]) - np.sqrt(outside[1])) ** 2
+    return max(0.0, float(apart @ apart + np.trace(inside[0]) + np.trace(inside[1]) - 2 * both + rest))
 
 
 def kernel_distance(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, seed: int = 0) -> tuple[float, float]:

@@ -10,6 +10,9 @@ from medgen.metrics.detection import auroc
 # Blocks that a jackknife leaves out, and the folds of a cross-validation, each of several blocks.
 _BLOCKS, _FOLDS = 20, 5
 
+# Rows of more columns are turned onto so many principal components first.
+_MOST_COLUMNS, _COMPONENTS = 512, 128
+
 Block = Int[np.ndarray, " _"]
 Kind = Literal["linear", "trees"]
 
@@ -33,7 +36,12 @@ def c2st(x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], *, kind: Kind
 def classifier_scores(
     x: Float[np.ndarray, "n d"], y: Float[np.ndarray, "m d"], folds: tuple[Block, Block], kind: Kind
 ) -> tuple[Float[np.ndarray, " n"], Float[np.ndarray, " m"]]:
-    """How much each row looks like one of y to a classifier that has not seen its fold."""
+    """How much each row looks like one of y to a classifier that has not seen its fold.
+
+    Rows of more than 512 columns are turned onto principal components of the other folds first: 128, or a quarter
+    of the rows.
+    """
+    from sklearn.decomposition import PCA
     from sklearn.ensemble import HistGradientBoostingClassifier
     from sklearn.linear_model import LogisticRegression
     from sklearn.pipeline import make_pipeline
@@ -42,10 +50,12 @@ def classifier_scores(
     rows, label = np.concatenate([x, y]), np.repeat([0, 1], [len(x), len(y)])
     fold, scores = np.concatenate(folds), np.zeros(len(x) + len(y))
     for part in np.unique(fold):
+        learner = [HistGradientBoostingClassifier(max_leaf_nodes=8, random_state=0)]
         if kind == "linear":
-            learner = make_pipeline(StandardScaler(), LogisticRegression(C=0.1, max_iter=1000))
-        else:
-            learner = HistGradientBoostingClassifier(max_leaf_nodes=8, random_state=0)
+            learner = [StandardScaler(), LogisticRegression(C=0.1, max_iter=1000)]
+        if rows.shape[1] > _MOST_COLUMNS:
+            learner = [PCA(min(_COMPONENTS, sum(fold != part) // 4), svd_solver="full"), *learner]
+        learner = make_pipeline(*learner)
         learner.fit(rows[fold != part], label[fold != part])
         scores[fold == part] = learner.predict_proba(rows[fold == part])[:, 1]
     return scores[: len(x)], scores[len(x) :]
