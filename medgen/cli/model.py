@@ -105,8 +105,13 @@ def evaluate(
     healthy: Annotated[str, typer.Option(help="Labels of healthy scans [default: those trained on].")] = "",
     ill: Annotated[str, typer.Option(help="Labels of ill scans [default: all others].")] = "",
     fpr: Annotated[float, typer.Option(min=1e-4, max=0.5, help="False-alarm rate for flags and masks.")] = 0.05,
+    samples: Annotated[int, typer.Option(min=0, help="Scans to draw and compare with held-out ones.")] = 0,
+    extractor: Annotated[
+        Path | None, typer.Option(help="TorchScript file whose features are compared, too. It is run: trust it.")
+    ] = None,
+    against: Annotated[str, typer.Option(help="Presets to fit beside the bundle, such as gaussian,gmm.")] = "",
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the tables; must not exist.")] = None,
-    seed: Annotated[int, typer.Option(help="Decides painted lesions and whom intervals draw.")] = 0,
+    seed: Annotated[int, typer.Option(help="Decides painted lesions, drawn scans and whom intervals draw.")] = 0,
     device: Device = "auto",
     on_gap: OnGap = "error",
     on_tilt: OnTilt = "error",
@@ -116,21 +121,25 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
-    """How good a bundle is on scans it has not learned from: density, reconstruction, classification, detection."""
+    """How good a bundle is on scans it has not learned from: density, reconstruction, detection, drawn scans."""
     options = reading(on_gap, on_tilt, xform, colour)
     with speaking(quiet):
         from medgen.data.lesions import KINDS_B
         from medgen.tasks.detection_table import lines
         from medgen.tasks.evaluate import Asked
         from medgen.tasks.evaluate import evaluate as run
+        from medgen.tasks.generation import Drawn
+        from medgen.tasks.generation import lines as lines_of_drawn
 
         asked = Asked(paint, tuple(listed(kinds)) or KINDS_B, listed(healthy), listed(ill), fpr, seed)
+        drawn = Drawn(samples, extractor, tuple(listed(against)), seed)
         found = run(
-            data, bundle, split=split, label=label, domain=domain, detection=asked, out=out, device=device,
-            options=options, force=force,
+            data, bundle, split=split, label=label, domain=domain, detection=asked, drawn=drawn, out=out,
+            device=device, options=options, force=force,
         )  # fmt: skip
-    told = [f"{name}: {value}" for name, value in found.items() if name != "detection"]
+    told = [f"{name}: {value}" for name, value in found.items() if name not in ("detection", "generation")]
     told += lines(found["detection"]) if "detection" in found else []
+    told += lines_of_drawn(found["generation"]) if "generation" in found else []
     say(told + ([] if out is None else [f"Wrote the tables to {out}."]), found, as_json)
 
 

@@ -31,15 +31,15 @@ def lines(found: Mapping[str, Any]) -> list[str]:
     """The tables as Markdown."""
     told = [
         "", f"DETECTION: {found['healthy_scans']} held-out healthy scans; false-alarm rate asked for {found['rate']:g}",
-        "", *_table(found["rows"], _ROWS), "", "HEALTHY SCANS", "", *_table(found["false_positives"], _FALSE),
+        "", *table(found["rows"], _ROWS), "", "HEALTHY SCANS", "", *table(found["false_positives"], _FALSE),
     ]  # fmt: skip
     if found.get("controls"):
-        told += ["", "CONTROL INPUTS: AUROC against healthy scans", "", *_table(found["controls"], _CONTROLS)]
+        told += ["", "CONTROL INPUTS: AUROC against healthy scans", "", *table(found["controls"], _CONTROLS)]
     return [*told, "", _EXPLAINS, *found.get("notes", ())]
 
 
-def _table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
-    """Markdown; a column that no row has is left out."""
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list[str]:
+    """Markdown, with each interval beside its number; a column that no row has is left out."""
     shown = {name: title for name, title in columns.items() if any(row.get(name) not in (None, []) for row in rows)}
     cells = [list(shown.values())] + [[_said(row, name) for name in shown] for row in rows]
     wide = [max(len(line[n]) for line in cells) for n in range(len(shown))]
@@ -67,11 +67,12 @@ def write(found: Mapping[str, Any], scans: Sequence[Mapping[str, Any]], folder: 
     tables = {"detection": found["rows"], "scans": scans}
     tables |= {name: found.get(name, []) for name in ("false_positives", "controls")}
     for name, rows in tables.items():
-        _write_csv(rows, folder / f"{name}.csv")
+        write_csv(rows, folder / f"{name}.csv")
     _picture(scans, folder / "ranks.png")
 
 
-def _write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """Every column that any row has; an interval takes two."""
     flat = [{key: cell for name, value in row.items() for key, cell in _cells(name, value)} for row in rows]
     columns = list(dict.fromkeys(key for row in flat for key in row))
     with path.open("w", newline="", encoding="utf-8") as file:
@@ -105,4 +106,4 @@ def _picture(scans: Sequence[Mapping[str, Any]], path: Path) -> None:
     scatter(np.stack(ranks, 1).astype(np.float64), groups, path, title="Where scans rank among healthy ones", axes=axes)
 
 
-__all__ = ["lines", "write"]
+__all__ = ["lines", "table", "write", "write_csv"]

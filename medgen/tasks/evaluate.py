@@ -11,7 +11,7 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
 from medgen.data.lesions import KINDS_B
-from medgen.data.manifest import Row, index
+from medgen.data.manifest import Manifest, Row, index
 from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note
@@ -21,6 +21,8 @@ from medgen.tasks.conditions import told_of
 from medgen.tasks.detection import Case, Method, baselines, controlled, detector_of, measured
 from medgen.tasks.detection_table import write
 from medgen.tasks.detector import can_score
+from medgen.tasks.generation import Drawn, generation, require_drawing
+from medgen.tasks.generation import write as write_generation
 from medgen.tasks.intake import taken_in, training_scans
 from medgen.tasks.quality import quality
 from medgen.tasks.workspace import Workspace
@@ -62,12 +64,13 @@ def evaluate(
     label: str | None = None,
     domain: str | None = None,
     detection: Asked = Asked(),
+    drawn: Drawn = Drawn(),
     out: str | Path | None = None,
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     force: bool = False,
 ) -> dict[str, Any]:
-    """Bits per dimension, reconstruction, classification and detection, whichever the model is able to.
+    """Bits per dimension, reconstruction, classification, detection, drawn scans: whichever the model is able to.
 
     Detection is measured where scans are ill (another label than the bundle was trained on, or a mask of findings) or
     lesions are painted; beside the detector stand baselines that need no model, and control inputs.
@@ -78,61 +81,78 @@ def evaluate(
         split: 'test' takes the scans that training set aside; 'all' takes every scan.
         label, domain: take these scans only, as in training; ill scans are those of `detection`.
         detection: who is healthy, what is painted.
-        out: a folder for the tables of detection, which must not exist; None: none.
+        drawn: how many scans to draw and compare with held-out ones.
+        out: a folder for the tables of detection and of drawn scans, which must not exist; None: none.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         options: how strict reading is.
         force: replace an existing output.
 
     Returns:
         Names and numbers (see `medgen.tasks.quality.quality`), with the bundle's hash and the split; 'detection' holds
-        tables (see `medgen.tasks.detection.measured`).
+        tables (see `medgen.tasks.detection.measured`), 'generation' what drawn scans are like (see
+        `medgen.tasks.generation.generation`).
 
     Raises:
-        BundleError, DataError, ConfigError, OutputError.
+        BundleError, CapabilityError, DataError, ConfigError, OutputError.
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
     for model in bundle.models.values():
         model.to("cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
     settings = {"data": str(Path(data).resolve()), "weights": bundle.weights_sha256, "split": split, "label": label}
-    settings |= {"domain": domain, "detection": vars(detection)}
+    settings |= {"domain": domain, "detection": vars(detection), "drawn": vars(drawn)}
+    if drawn.scans:
+        require_drawing(bundle)
     work = None if out is None else Workspace(out, settings, force=force)
     with io.opened(data) as place:
-        found = _quality(place, bundle, split, label, domain, options)
+        known = training_scans(bundle, place, options)
+        scans, left_out = _chosen(place, bundle, known, (split, label, domain), options)
+        found = {"weights_sha256": bundle.weights_sha256, "split": split, "left_out": left_out}
+        found |= _quality(bundle, scans, options)
         told = _detection(place, bundle, split, detection, options)
+        made = generation(bundle, scans, known, drawn, options) if drawn.scans else {}
     # Each scan's numbers are for the files.
-    scans = told.pop("scans", [])
+    each = told.pop("scans", [])
     if told:
         found["detection"] = told
+    if made:
+        found["generation"] = made
     if work:
         work.record()
         with work.writing():
             if told:
-                write(told, scans, work.folder)
+                write(told, each, work.folder)
+            if made:
+                write_generation(made, work.folder)
         work.finish({"command": "evaluate", "settings": settings, "found": found})
     return found
 
 
-def _quality(
-    place: str | Path, bundle: Bundle, split: str, label: str | None, domain: str | None, options: ReadOptions
-) -> dict[str, Any]:
-    """How good the model is at whatever it does besides detection."""
-    rows = index(place, options).where(label=label, domain=domain)
-    if split == "test":
-        known = training_scans(bundle, place, options)
-        if known is None:
-            raise DataError(
-                "The bundle did not learn from this folder as it is, so which of its scans were set aside cannot "
-                "be told. Pass --split all if it has learned from none of them."
-            )
+def _chosen(
+    place: str | Path, bundle: Bundle, known: Manifest | None, asked: tuple[str, str | None, str | None],
+    options: ReadOptions,
+) -> tuple[Manifest, int]:  # fmt: skip
+    """The scans to evaluate on, of a split, label and domain, and how many do not suit the bundle."""
+    split, label, domain = asked
+    if split != "test":
+        rows = index(place, options).where(label=label, domain=domain)
+    elif known is None:
+        raise DataError(
+            "The bundle did not learn from this folder as it is, so which of its scans were set aside cannot "
+            "be told. Pass --split all if it has learned from none of them."
+        )
+    else:
         rows = known.where(label=label, domain=domain, split="test")
     chosen = replace(rows, rows=tuple(row for row in rows.rows if _fits(bundle, row, rows.locate(row.path), options)))
     if not len(chosen):
         raise DataError(f"None of {len(rows)} scans is left to evaluate on.")
+    return chosen, len(rows) - len(chosen)
+
+
+def _quality(bundle: Bundle, chosen: Manifest, options: ReadOptions) -> dict[str, Any]:
+    """How good the model is at whatever it does besides detection."""
     scans = ScanDataset(chosen, bundle.recipe, **told_of(bundle.model.config), options=options)
-    found = quality(bundle.model, scans, temperature=bundle.calibration.get("temperature"))
-    left_out = len(rows) - len(chosen)
-    return {"weights_sha256": bundle.weights_sha256, "split": split, "left_out": left_out, **found}
+    return quality(bundle.model, scans, temperature=bundle.calibration.get("temperature"))
 
 
 def _fits(bundle: Bundle, row: Row, path: str, options: ReadOptions) -> bool:
