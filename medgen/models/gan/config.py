@@ -37,7 +37,8 @@ class GANConfig(ConditionedConfig):
         levels: halvings, after folding.
         fold: block size turned into channels first.
         depth: blocks a level.
-        start: 'principal' begins as a Gaussian of the scans, 'noise' as nothing.
+        start: 'mixture' begins as a Gaussian mixture of the scans, 'noise' as nothing.
+        mixtures: Gaussians of each class in that mixture; 1 where scans' codes are to be found.
         r1, r2: weight of the critic's slope at real and at generated scans, halved.
         penalty: weight of |slope| - 1 between them (WGAN-GP).
         lazy: slopes count in every so many steps only, so many times.
@@ -63,7 +64,8 @@ class GANConfig(ConditionedConfig):
     levels: int = Field(default=1, ge=0, le=16)
     fold: int = Field(default=2, ge=1)
     depth: int = Field(default=1, ge=1, le=64)
-    start: Literal["principal", "noise"] = "principal"
+    start: Literal["mixture", "noise"] = "mixture"
+    mixtures: int = Field(default=5, ge=1, le=64)
     r1: float = Field(default=1.0, ge=0)
     r2: float = Field(default=1.0, ge=0)
     penalty: float = Field(default=0.0, ge=0)
@@ -98,15 +100,17 @@ class GANConfig(ConditionedConfig):
     def _fits(self) -> "GANConfig":
         if any(n % self.stride for n in self.shape):
             raise ValueError(f"shape {self.shape} must be divisible by fold * 2**levels = {self.stride}")
+        if self.start == "mixture" and not self.architecture.guided:
+            raise ValueError(f"architecture '{self.architecture.kind}' starts from noise: set start: noise")
         kind, takes_image = self.architecture, self.architecture.kind in ("unet", "spade")
         if bool(self.context) != takes_image:
             raise ValueError(
                 f"architecture '{kind.kind}' {'makes scans of' if takes_image else 'takes no'} given images: unet and "
                 f"spade do, with a context of 1 or more (--context mask); found context {self.context}"
             )
-        if not kind.whole and (self.start == "principal" or self.diffaugment or self.loss == "energy"):
+        if not kind.whole and (self.start == "mixture" or self.diffaugment or self.loss == "energy"):
             raise ValueError(
-                f"architecture '{kind.kind}' shows scans to the critic in parts: start principal, diffaugment and the "
+                f"architecture '{kind.kind}' shows scans to the critic in parts: start mixture, diffaugment and the "
                 "loss energy want them whole"
             )
         if (self.condition == "information") != (sum(self.codes) > 0):

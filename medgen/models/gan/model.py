@@ -11,8 +11,8 @@ et al. 2014, "Generative adversarial nets"). What systems with names differ in a
 - `inference`: how a scan's code is found, so that the model reconstructs;
 - regularisers: `spectral`, `r1`, `r2`, `penalty`, `diffaugment`, `consistency`, `grain`.
 
-The default generator begins as a Gaussian of the training scans, class by class, in closed form (`start`), so that
-training only has to add what a Gaussian lacks.
+The default generator begins as a Gaussian mixture of the training scans, class by class, in closed form (`start`), so
+that training only has to add what a mixture lacks.
 """
 
 from collections.abc import Iterable, Iterator
@@ -90,7 +90,7 @@ class GAN(Model):
 
     @property
     def first_scans(self) -> int:
-        """As many as memory easily takes: a Gaussian of all the scans beats one of a few."""
+        """As many as memory easily takes: a mixture fitted to all the scans beats one of a few."""
         return max(64, _MOST_VOXELS // (self.config.channels * prod(self.config.shape)))
 
     def players(self) -> list[Player]:
@@ -110,7 +110,7 @@ class GAN(Model):
 
     @torch.no_grad()
     def initialise(self, batch: Batch) -> None:
-        """Class shares, and the Gaussian that the generator begins as."""
+        """Class shares, and the mixture that the generator begins as."""
         none = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device)
         index = class_indices(self.config, batch.cond)
         index = none if index is None else index
@@ -278,7 +278,7 @@ class GAN(Model):
             cond = self._drawn_classes(n, seed)
 
         def draw(first: int, told: Tensor | None, image: Tensor | None) -> Tensor:
-            z = seeded_noise((size, self.pair.generator.draws), seed=derived_seed(seed, 1), first=first).to(self.device)
+            z = seeded_noise((size, self.pair.numbers), seed=derived_seed(seed, 1), first=first).to(self.device)
             return uncentred(self.pair.made(self.pair.with_codes(z), self.pair.told(told, size), image))
 
         return self.in_micro_batches(n, size, draw, cond, context)

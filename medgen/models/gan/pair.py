@@ -10,9 +10,9 @@ from torch.nn import functional
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
 from medgen.models.gan.config import GANConfig
+from medgen.models.gan.start import MixtureStart
 from medgen.nets.adversarial.base import Frame
 from medgen.nets.adversarial.judge import CodeReader, EnergyJudge, Grain, Judge, Opinion
-from medgen.nets.adversarial.start import PrincipalStart
 from medgen.nets.diffaugment import Change
 from medgen.nets.told import condition_table
 from medgen.prob.adversarial import slope
@@ -61,9 +61,11 @@ class Pair(nn.Module):
             spectral=config.spectral == "both",
         )
         kind, told_apart = config.architecture, len(config.classes) if config.told else 0
+        whole, self.start = (config.channels, *config.shape), None
+        if config.start == "mixture":
+            self.start = MixtureStart(whole, config.latent, told_apart, config.mixtures)
+            frame = replace(frame, context=config.channels)
         self.generator = kind.generator(frame)
-        whole = (config.channels, *config.shape)
-        self.start = PrincipalStart(whole, frame.code, told_apart) if config.start == "principal" else None
         self.grain = None if config.grain == "none" else Grain(config.grain, config.channels)
         beside = config.context + (config.told if config.condition == "concat" else 0)
         judged = replace(frame, beside=beside, spectral=config.spectral != "none")
@@ -80,7 +82,7 @@ class Pair(nn.Module):
                 paired=config.latent if config.inference == "joint" else 0,
                 biased=config.loss in ("non-saturating", "least-squares"),
             )
-        plain = replace(frame, spectral=False)
+        plain = replace(frame, context=config.context, spectral=False)
         self.reader = None if config.inference == "none" else CodeReader(kind.critic(plain), config.latent)
         # How far networks that grow had grown with these weights.
         self.register_buffer("grown", torch.ones(()))
@@ -110,7 +112,7 @@ class Pair(nn.Module):
 
     def draws(self, count: int) -> Float[Tensor, "b k"]:
         """Codes and noise of torch's random state."""
-        return self.with_codes(torch.randn(count, self.generator.draws, device=self.device))
+        return self.with_codes(torch.randn(count, self.numbers, device=self.device))
 
     def with_codes(self, z: Float[Tensor, "b k"]) -> Float[Tensor, "b k"]:
         """Normal numbers, of which those for categories became one 1 and those for other found codes uniform."""
@@ -121,15 +123,32 @@ class Pair(nn.Module):
         chosen = functional.one_hot(parts[1].argmax(1), categories).to(z) if categories else parts[1]
         return torch.cat([parts[0], chosen, 2 * torch.special.ndtr(parts[2]) - 1, parts[3]], 1)
 
+    @property
+    def numbers(self) -> int:
+        """Normal numbers that a scan takes: its code, the network's noise, the start's detail."""
+        return self.generator.draws + (0 if self.start is None else self.start.draws)
+
     def made(self, z: Float[Tensor, "b k"], told: Tensor | None, image: Tensor | None) -> Float[Tensor, "b c *space"]:
-        """Scans of codes, at full size."""
-        return self.generator(z, told, image)[-1].float() + self._base(z, told)
+        """Scans of codes, at full size; of codes alone, without noise and detail, too."""
+        if self.start is None:
+            return self.generator(z, told, image)[-1].float()
+        base = self._base(z, told)
+        return base + self.generator(z[:, : self.generator.draws], told, base)[-1].float()
+
+    def _base(self, z: Float[Tensor, "b k"], told: Tensor | None) -> Float[Tensor, "b c *space"]:
+        """What the generator starts from."""
+        assert self.start is not None
+        classes = len(self.config.classes)
+        none = torch.zeros(len(z), dtype=torch.long, device=z.device)
+        index = none if told is None or not classes else told[:, :classes].argmax(1)
+        return self.start(z[:, : self.config.latent], z[:, self.generator.draws :], index)
 
     def generated(self, z: Float[Tensor, "b k"], told: Tensor | None, batch: Batch) -> Side:
         """Scans of codes as the critic sees them beside those of `batch`, with voxel noise where that is learned."""
-        scans = self.generator.drawn(z, told, batch.context, centred(batch.x))
-        if self.start is not None:
-            scans = [scans[-1] + self._base(z, told)]
+        if self.start is None:
+            scans = self.generator.drawn(z, told, batch.context, centred(batch.x))
+        else:
+            scans = [self.made(z, told, None)]
         if self.grain is not None:
             scans = [*scans[:-1], self.grain(scans[-1])]
         return Side(
@@ -141,13 +160,6 @@ class Pair(nn.Module):
         x = centred(batch.x)
         code = self.code(x) if self.config.inference == "joint" else None
         return Side(self.generator.seen(x), told, batch.context, code)
-
-    def _base(self, z: Tensor, told: Tensor | None) -> Tensor | float:
-        if self.start is None:
-            return 0.0
-        classes = len(self.config.classes)
-        weights = z.new_ones(len(z), 1) if told is None or not classes else told[:, :classes]
-        return self.start(z[:, : len(self.start.directions)], weights)
 
     def code(self, x: Float[Tensor, "b c *space"]) -> Float[Tensor, "b k"]:
         """The code of each scan.

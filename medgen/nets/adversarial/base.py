@@ -123,11 +123,13 @@ class Critic(nn.Module, ABC):
 class Architecture(BaseModel, ABC):
     """How generator and critic are built; a field of the model's config, told apart by `kind`.
 
-    `whole` says that the critic sees scans as they are: at full size, not in parts or as they grow.
+    `whole` says that the critic sees scans as they are: at full size, not in parts or as they grow; `guided` that the
+    generator can be shown the scan that it begins with.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
     whole: ClassVar[bool] = True
+    guided: ClassVar[bool] = False
 
     kind: Any
 

@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from math import prod
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -34,6 +34,7 @@ class ResNet(Architecture):
     """
 
     kind: Literal["resnet"] = "resnet"
+    guided: ClassVar[bool] = True
     norm: NormName = "none"
     attention: AttentionName = "none"
     attend: int = Field(default=1, ge=0)
@@ -126,7 +127,9 @@ class _ResNetGenerator(Generator):
         plain = kind.norm == "none"
         self.norm, self.leak = Normalisation(dims, widths[0], "none" if plain else "batch", 0), _LEAK if plain else 0.0
         self.last = spectral(conv(dims, widths[0], frame.channels * frame.fold**dims), frame.spectral)
-        self.unfold, self.bounded = Unfold(dims, frame.fold), not plain
+        inside = frame.context * frame.fold**dims
+        self.looks = nn.ModuleList(conv(dims, inside, widths[level]) for level in reversed(range(levels)) if inside)
+        self.fold, self.unfold, self.bounded = Fold(dims, frame.fold), Unfold(dims, frame.fold), not plain
         if plain and not frame.spectral:
             nn.init.normal_(self.last.weight, std=_SMALL)
         channels_last(self, dims)
@@ -137,15 +140,24 @@ class _ResNetGenerator(Generator):
         size = -(-self.length // self.parts)
         rows = functional.pad(code, (0, size * self.parts - self.length)).split(size, 1)
         x = self.code(self.joined(rows[0], told)).reshape(-1, *self.start)
+        guides = [] if image is None else self._guides(image)
         for n, block in enumerate(self.blocks):
             x = block(x, told if self.parts == 1 else self.joined(rows[n + 1], told))
             level, nth = divmod(n, self.depth)
-            if nth == 0 and self.grains is not None:
-                x = self.grains(x, grain, level)
+            if nth == 0:
+                x = x if self.grains is None else self.grains(x, grain, level)
+                x = x if image is None else x + self.looks[level](guides[level])
             if nth == self.depth - 1 and self.attention is not None and level == self.attended:
                 x = self.attention(x)
         x = self.unfold(self.last(functional.leaky_relu(self.norm(x, None), self.leak)))
         return [torch.tanh(x) if self.bounded else x]
+
+    def _guides(self, image: Tensor) -> list[Tensor]:
+        """The scan to begin with at every level, the coarsest first."""
+        guides = [self.fold(image)]
+        for _ in self.looks[1:]:
+            guides.append(halved(guides[-1]))
+        return guides[::-1]
 
 
 class GrainGains(nn.Module):
