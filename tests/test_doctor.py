@@ -159,7 +159,7 @@ class Scripted(Model):
     def forward(self, batch: Batch, player: str = "model") -> Loss:
         self.weights.append(float(self.weight.detach()))
         level = self.scripts.get("loss", lambda way: -way)(self.progress)
-        pull = 0 * self.weight if self.scripts.get("still") else self.weight - self.weight.detach()
+        pull = self.scripts.get("slope", lambda way: 1.0)(self.progress) * (self.weight - self.weight.detach())
         total = (level - pull).expand(len(batch.x)) * batch.x[0].numel()
         return Loss(total, {"pull": total})
 
@@ -252,14 +252,18 @@ def test_a_learning_rate_too_low_for_anything_is_told(scans):
 
 
 def test_a_remedy_goes_back_to_the_best_weights_at_half_the_learning_rate(scans):
-    model = Scripted(pulse=lambda way: {"variety": 0.9 if way < 0.5 or way > 0.6 else 0.0})
+    # While modes collapse the weight goes the other way, which AdamW shall not remember either.
+    model = Scripted(
+        pulse=lambda way: {"variety": 0.9 if way < 0.5 or way > 0.6 else 0.0},
+        slope=lambda way: -1.0 if 0.5 <= way < 0.6 else 1.0,
+    )
     done, (said,) = heard(model, *scans, COURSE.model_copy(update={"remedies": 2}))
     assert done.remedies == [(240, "mode collapse")]
     assert done.warnings == []
     assert "Remedy 1 of 2: training goes on from the weights of after 200 images, at half the learning" in said
     step = 240 // 4
     best, weights = model.weights[200 // 4], model.weights
-    assert weights[step - 1] > best
+    assert weights[step - 1] != pytest.approx(best, abs=5e-4)
     assert weights[step] == pytest.approx(best, abs=1e-4)  # the collapsed ones are forgotten
     rate = 1e-3 * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * 240 / 400)))
     assert weights[step + 1] - weights[step] == pytest.approx(rate / 2, rel=0.01)  # AdamW's first step
