@@ -31,6 +31,7 @@ METHODS = {
     "classifies": "class_log_prob",
     "inpaints": "inpaint",
     "marks": "mark",
+    "perceives": "perceive",
 }
 PROTOCOLS = {"samples": "Samples", "encodes": "Encodes", "decodes": "Decodes", "reconstructs": "Reconstructs"}
 # Batch, widths, channels and axes all differ, so that no two can be mixed up.

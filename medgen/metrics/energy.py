@@ -7,6 +7,8 @@ from torch.nn import functional
 
 _SCALES = 3
 _NEIGHBOURS = 5
+# Distances a voxel below which scans are all alike, as parts of the grey range.
+_ALIKE = 1e-3
 
 
 def bands(x: Float[Tensor, "n c *space"]) -> list[Float[Tensor, "n _"]]:
@@ -34,7 +36,7 @@ def energy_score(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *s
         ES(x) = mean_j |x - g_j| - 1/2 mean_{j != k} |g_j - g_k|
 
     Gneiting & Raftery 2007, "Strictly proper scoring rules", section 4.2; the mean over the groups of `bands`, each on
-    the scale of its own distances between draws and scans.
+    the scale of the distances between scans (of its size where there is one scan only).
 
     Args:
         real: scans.
@@ -47,7 +49,8 @@ def energy_score(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *s
     total = torch.zeros(len(real), device=real.device)
     groups = list(zip(bands(real), bands(drawn), strict=True))
     for one, other in groups:
-        scale = torch.cdist(one, one).mean().clamp(min=1e-9)
+        scale = torch.cdist(one, one).mean() if len(one) > 1 else one.norm(dim=1).mean()
+        scale = scale.clamp(min=_ALIKE * one.shape[1] ** 0.5)
         within = torch.cdist(other, other).sum() / (len(other) * max(1, len(other) - 1))
         total += (torch.cdist(one, other).mean(1) - within / 2) / scale
     return total / len(groups)

@@ -9,7 +9,7 @@ from torch.distributions import Distribution
 # What a model can do; tasks ask for these words and never for a class.
 Ability = Literal[
     "samples", "encodes", "decodes", "reconstructs", "scores_density", "estimates_density", "bounds_density",
-    "maps_density", "restores", "translates", "classifies", "inpaints", "marks",
+    "maps_density", "restores", "translates", "classifies", "inpaints", "marks", "perceives",
 ]  # fmt: skip
 
 
@@ -129,6 +129,15 @@ class Marks(Protocol):
         ...
 
 
+@runtime_checkable
+class Perceives(Protocol):
+    """Says what its critic sees in a scan."""
+
+    def perceive(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b w"]:
+        """Features of each scan, learned to tell real scans from generated ones."""
+        ...
+
+
 __all__ = [
     "Ability",
     "BoundsDensity",
@@ -139,6 +148,7 @@ __all__ = [
     "Inpaints",
     "MapsDensity",
     "Marks",
+    "Perceives",
     "Reconstructs",
     "Restores",
     "Samples",

@@ -89,4 +89,11 @@ def interpolated(real: Sequence[Tensor], generated: Sequence[Tensor]) -> list[Te
     return between
 
 
-__all__ = ["AdversarialName", "critic_loss", "generator_loss", "interpolated", "slope"]
+def alike(features: Float[Tensor, "b w"]) -> Float[Tensor, ""]:
+    """The mean squared cosine of two scans' codes, which is to be low (Zhao et al. 2017, equation 5)."""
+    unit = functional.normalize(features.float(), dim=1)
+    count = len(unit)
+    return ((unit @ unit.T).square().sum() - count) / max(1, count * (count - 1))
+
+
+__all__ = ["AdversarialName", "alike", "critic_loss", "generator_loss", "interpolated", "slope"]

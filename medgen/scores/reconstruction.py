@@ -10,7 +10,7 @@ from torch import Tensor
 from medgen.data.dataset import Batch
 from medgen.errors import CapabilityError
 from medgen.metrics.image import local_mean, smoothed, ssim_map
-from medgen.models.abilities import Ability, Reconstructs, Restores
+from medgen.models.abilities import Ability, Perceives, Reconstructs, Restores
 from medgen.models.base import Model, can
 from medgen.scores.base import Found, Known, Models, Score, best_class, hidden, real_mean
 from medgen.scores.filters import tail_mean
@@ -40,6 +40,8 @@ class Residual(Score):
         sigma: standard deviation of a Gaussian window in voxels, in place of `window`.
         strength: of the restoration; by default as far as the model goes.
         reduce: the mean of all real voxels, or of the highest half per cent of them.
+        features: weight of the mean squared difference between what the model's critic sees in scan and twin, in the
+            scan's number (Schlegl et al. 2019, "f-AnoGAN", equation 4).
     """
 
     do: Literal["residual"] = "residual"
@@ -49,6 +51,7 @@ class Residual(Score):
     sigma: float | None = Field(default=None, gt=0)
     strength: float | None = Field(default=None, ge=0)
     reduce: Reduction = "mean"
+    features: float = Field(default=0.0, ge=0)
 
     @model_validator(mode="after")
     def _consistent(self) -> "Residual":
@@ -77,6 +80,11 @@ class Residual(Score):
                 f"A normalised residual divides by the variance that the model predicts, and this {config.kind} "
                 "predicts none. Train an autoencoder with model.uncertainty=true, or use another measure."
             )
+        if self.features and not can(models[self.of], "perceives"):
+            raise CapabilityError(
+                f"A residual of features asks what the model's critic sees, and this {config.kind} does not say. "
+                "Train a fanogan or bigan, or leave features out."
+            )
 
     @torch.no_grad()
     def __call__(self, models: Models, batch: Batch, known: Known) -> Found:
@@ -85,8 +93,13 @@ class Residual(Score):
         return best_class(model, batch.to(model.device), lambda told: self._found(model, told))
 
     def _found(self, model: Model, batch: Batch) -> Found:
-        residual = self._difference(model, batch, self._twin(model, batch))
-        return Found(reduced(residual, batch.real, self.reduce)[:, None], hidden(residual, batch.real))
+        twin = self._twin(model, batch)
+        residual = self._difference(model, batch, twin)
+        values = reduced(residual, batch.real, self.reduce)
+        if self.features:
+            seen, twins = (cast(Perceives, model).perceive(x, batch.cond) for x in (batch.x, twin))
+            values = values + self.features * (seen - twins).square().mean(1)
+        return Found(values[:, None], hidden(residual, batch.real))
 
     def _twin(self, model: Model, batch: Batch) -> Float[Tensor, "b c *space"]:
         told: dict[str, Any] = given(batch)

@@ -31,6 +31,8 @@ class GANConfig(ConditionedConfig):
         condition: how the critic learns that a scan has a class: 'concat' (cGAN), 'projection' (BigGAN),
             'auxiliary' (ACGAN) and 'semi-supervised' (SGAN) tell classes, too; 'information' (InfoGAN) finds its
             own; 'none' ignores classes.
+        naming: weight of the class's name beside 'concat' or 'projection': the critic learns it of real scans
+            alone, and generated ones pay where it names another.
         inference: how codes are found: 'joint' (BiGAN) or 'posthoc' (f-AnoGAN); 'none' finds none.
         latent: numbers of a code.
         width: features at the finest level.
@@ -58,6 +60,7 @@ class GANConfig(ConditionedConfig):
     architecture: Architectures = ResNet()
     loss: AdversarialName = "relativistic"
     condition: ConditionName = "projection"
+    naming: float = Field(default=0.0, ge=0)
     inference: Literal["none", "joint", "posthoc"] = "none"
     latent: int = Field(default=64, ge=1)
     width: int = Field(default=32, ge=1)
@@ -94,7 +97,8 @@ class GANConfig(ConditionedConfig):
     @property
     def tells_classes(self) -> bool:
         """Whether the critic says of which class a scan is."""
-        return self.condition in ("auxiliary", "semi-supervised") and len(self.classes) > 1
+        told = self.condition in ("auxiliary", "semi-supervised") or (self.naming > 0 and self.told > 0)
+        return told and len(self.classes) > 1
 
     @model_validator(mode="after")
     def _fits(self) -> "GANConfig":
@@ -119,13 +123,8 @@ class GANConfig(ConditionedConfig):
 
     @model_validator(mode="after")
     def _goes_together(self) -> "GANConfig":
-        kind = self.architecture.kind
-        if kind in ("laplacian", "multi-scale") and self.start != "noise":
-            raise ValueError(f"architecture '{kind}' begins at its coarsest size, so start must be 'noise'")
-        if kind == "laplacian" and (self.loss == "energy" or self.grain != "none" or self.fidelity):
-            raise ValueError(
-                "architecture 'laplacian' judges residuals, not scans: it takes no loss 'energy', no grain, no fidelity"
-            )
+        if self.architecture.kind == "laplacian" and (self.grain != "none" or self.fidelity):
+            raise ValueError("architecture 'laplacian' judges residuals, not scans: it takes no grain and no fidelity")
         if self.loss == "energy" and (self.inference == "joint" or self._tells):
             raise ValueError(
                 f"the critic of loss 'energy' is an autoencoder, which takes condition 'none' or 'concat' and "

@@ -36,7 +36,7 @@ from medgen.models.gan.pair import Pair, Side, centred, uncentred
 from medgen.nets.adversarial.judge import Opinion
 from medgen.nets.diffaugment import Change, consistent
 from medgen.nets.told import require_context
-from medgen.prob.adversarial import critic_loss, generator_loss, interpolated
+from medgen.prob.adversarial import alike, critic_loss, generator_loss, interpolated
 from medgen.prob.point import Point
 from medgen.seeds import derived_seed, seeded_noise
 
@@ -80,7 +80,7 @@ class GAN(Model):
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
         """A GAN samples; with a way to find codes it encodes and reconstructs, with class verdicts it classifies."""
         known: set[Ability] = {"samples"}
-        known |= {"encodes", "reconstructs"} if getattr(config, "inference", "none") != "none" else set()
+        known |= {"encodes", "reconstructs", "perceives"} if getattr(config, "inference", "none") != "none" else set()
         return frozenset(known | ({"classifies"} if getattr(config, "tells_classes", False) else set()))
 
     @property
@@ -172,9 +172,10 @@ class GAN(Model):
             opinion = pair.judged(side, changes[1])
             terms = {"verdict": self._fooling(opinion.verdict, told, batch, changes[0])}
             if config.loss == "energy":
-                terms["pull"] = _PULL * _alike(opinion.features).expand(count)
-            if config.condition == "auxiliary" and config.tells_classes:
-                terms["classes"] = self._misclassified(opinion, batch)
+                terms["pull"] = _PULL * alike(opinion.features).expand(count)
+            if config.tells_classes and config.condition != "semi-supervised":
+                weight = 1.0 if config.condition == "auxiliary" else config.naming
+                terms["classes"] = weight * self._misclassified(opinion, batch)
             if opinion.codes is not None:
                 terms["codes"] = pair.unread(opinion.codes, z)
             if config.fidelity:
@@ -312,10 +313,19 @@ class GAN(Model):
             CapabilityError: the model has no way to find codes.
         """
         self._grow()
-        if cond is None and self.config.told and self.config.classes:
-            cond = self.shares.argmax().expand(len(x))
-        batch = Batch(x, cond, context)
-        return self._again(batch, self.pair.told(cond, len(x)))
+        return self._again(Batch(x, None, context), self.pair.told(self._classes(x, cond), len(x)))
+
+    @torch.no_grad()
+    def perceive(self, x: Float[Tensor, "b c *space"], cond: Tensor | None = None) -> Float[Tensor, "b w"]:
+        """The critic's features of each scan, its last before the verdict.
+
+        Raises:
+            CapabilityError: the model reconstructs nothing that the features of could be compared with.
+        """
+        self._grow()
+        self.pair.code(centred(x[:1]))
+        side = replace(self._side(x, None), told=self.pair.told(self._classes(x, cond), len(x)))
+        return self.pair.judged(side).features
 
     @torch.no_grad()
     def class_log_prob(
@@ -349,6 +359,11 @@ class GAN(Model):
         """What is generated of scans' codes."""
         return uncentred(self.pair.made(self.pair.code(centred(batch.x)), told, batch.context))
 
+    def _classes(self, x: Tensor, cond: Tensor | None) -> Tensor | None:
+        """Conditions of scans: as told, or else the class most often seen."""
+        known = cond is not None or not (self.config.told and self.config.classes)
+        return cond if known else self.shares.argmax().expand(len(x))
+
     def _side(self, x: Tensor, image: Tensor | None) -> Side:
         return Side(self.pair.generator.seen(centred(x)), image=image)
 
@@ -359,13 +374,6 @@ class GAN(Model):
 def _spread(real: Tensor, drawn: Tensor) -> dict[str, float]:
     """How far draws go, in comparison with scans; nothing of a single scan."""
     return {"coverage": coverage(real, drawn), "variety": variety(real, drawn)} if len(real) > 1 else {}
-
-
-def _alike(features: Float[Tensor, "b w"]) -> Float[Tensor, ""]:
-    """The mean squared cosine of two scans' codes, which is to be low (Zhao et al. 2017, equation 5)."""
-    unit = functional.normalize(features.float(), dim=1)
-    count = len(unit)
-    return ((unit @ unit.T).square().sum() - count) / max(1, count * (count - 1))
 
 
 @contextmanager
