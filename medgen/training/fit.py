@@ -137,7 +137,7 @@ class _Run:
         saved = load_state(state_folder, self.facts) if state_folder else None
         if saved is None:
             model.to(self.fabric.device)
-            model.initialise(next(train.batches(_SHOWN)).to(self.fabric.device))
+            model.initialise(next(train.batches(model.first_scans)).to(self.fabric.device))
         self.players = placed(model.players(), config.images, config.batch_size)
         betas, decay = (config.momentum, config.memory), config.weight_decay
         optimizers = [

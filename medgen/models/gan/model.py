@@ -243,6 +243,8 @@ class GAN(Model):
     @torch.no_grad()
     def pulse(self, batch: Batch) -> dict[str, float]:
         """Signs of collapse: are draws wherever scans are, are they alike, does the critic see through them?"""
+        if self._encoding:
+            return {}
         self._grow()
         pair, told = self.pair, self.pair.told(batch.cond, len(batch.x))
         sides = pair.real(told, batch), pair.generated(pair.draws(len(batch.x)), told, batch)
