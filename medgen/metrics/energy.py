@@ -5,8 +5,9 @@ from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional
 
+from medgen.metrics.sets import neighbour_shares
+
 _SCALES = 3
-_NEIGHBOURS = 5
 # Distances a voxel below which scans are all alike, as parts of the grey range.
 _ALIKE = 1e-3
 
@@ -61,10 +62,9 @@ def coverage(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *space
 
     1 where draws are everywhere that scans are; it falls when the generator forgets some kinds of them.
     """
-    between = torch.cdist(real.flatten(1), real.flatten(1))
-    count = min(_NEIGHBOURS, len(real) - 1)
-    radius = between.kthvalue(count + 1, dim=1).values
-    return float((torch.cdist(real.flatten(1), drawn.flatten(1)).amin(1) <= radius).float().mean())
+    rows, other = real.flatten(1), drawn.flatten(1)
+    distances = (torch.cdist(a, b).double().cpu().numpy() for a, b in ((rows, rows), (other, other), (rows, other)))
+    return neighbour_shares(*distances)["coverage"]
 
 
 def variety(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *space"]) -> float:

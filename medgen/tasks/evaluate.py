@@ -5,8 +5,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
@@ -26,6 +24,7 @@ from medgen.tasks.generation import write as write_generation
 from medgen.tasks.intake import taken_in, training_scans
 from medgen.tasks.quality import quality
 from medgen.tasks.workspace import Workspace
+from medgen.training.device import device_for
 
 # Healthy scans that baselines need to learn from, and volumes that control inputs are made of, at most.
 _FEWEST, _MOST_CONTROLS = 3, {2: 500, 3: 24}
@@ -98,7 +97,7 @@ def evaluate(
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
     for model in bundle.models.values():
-        model.to("cuda" if device in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+        model.to(device_for(device))
     settings = {"data": str(Path(data).resolve()), "weights": bundle.weights_sha256, "split": split, "label": label}
     settings |= {"domain": domain, "detection": vars(detection), "drawn": vars(drawn)}
     if drawn.scans:

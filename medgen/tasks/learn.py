@@ -30,6 +30,7 @@ from medgen.tasks.detector import Detector, can_score, healthy_of, usual_questio
 from medgen.tasks.plan import Choices, Part, Plan, plan_training
 from medgen.tasks.quality import quality, temperature_of
 from medgen.tasks.workspace import Workspace
+from medgen.training.device import device_for
 from medgen.training.doctor import complaints
 from medgen.training.fit import FitConfig, fit
 from medgen.training.pace import images_in
@@ -123,7 +124,7 @@ def learn(
             "seed": seed,
             "train_seconds": round(trained - begun, 2),
             "minutes": round((time.monotonic() - begun) / 60, 2),
-            "device": "cuda" if torch.cuda.is_available() and device in ("auto", "cuda") else "cpu",
+            "device": device_for(device),
             **_together(facts),
         },
         metrics=metrics,
