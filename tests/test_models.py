@@ -103,7 +103,7 @@ def given_to(config: object, n: int) -> torch.Tensor | None:
     """Masks for a family that cannot do without a given image; None for one that can."""
     if not (getattr(config, "context", 0) and config.kind == "gan"):
         return None
-    return (scans(32, config.context, config.shape, seed=5)[:n] > 0.5).float()
+    return (scans(32, config.context, config.shape, seed=5)[:n] > 0.25).float()
 
 
 def drawn(model: Model, n: int, *, seed: int, cond: torch.Tensor | None = None) -> torch.Tensor:
