@@ -15,8 +15,6 @@ from medgen.nets.adversarial.base import Architecture, Critic, Frame, Generator,
 from medgen.nets.blocks import Fold, Unfold, channels_last, conv
 
 _LEAK = 0.2
-# Spread of the first weights of a generator's last layer: it begins with little to say beside its start.
-_SMALL = 0.01
 NormName = Literal["none", "batch", "condition"]
 
 
@@ -112,7 +110,7 @@ class _ResNetGenerator(Generator):
         # BigGAN's blocks are told a part of the code each, others the condition.
         self.parts = levels * frame.depth + 1 if kind.split else 1
         part = -(-frame.code // self.parts)
-        self.code = nn.Linear(part + frame.numbers, prod(self.start))
+        self.code = spectral(nn.Linear(part + frame.numbers, prod(self.start)), frame.spectral)
         sizes = {"norm": kind.norm, "told": frame.numbers + (part if kind.split else 0)}
         self.blocks = nn.ModuleList()
         for level in reversed(range(levels)):
@@ -130,8 +128,9 @@ class _ResNetGenerator(Generator):
         inside = frame.context * frame.fold**dims
         self.looks = nn.ModuleList(conv(dims, inside, widths[level]) for level in reversed(range(levels)) if inside)
         self.fold, self.unfold, self.bounded = Fold(dims, frame.fold), Unfold(dims, frame.fold), not plain
-        if plain and not frame.spectral:
-            nn.init.normal_(self.last.weight, std=_SMALL)
+        if inside and not frame.spectral:  # the scan to begin with is what it begins with
+            for parameter in self.last.parameters():
+                nn.init.zeros_(parameter)
         channels_last(self, dims)
 
     def forward(self, code: Tensor, told: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
