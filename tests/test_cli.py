@@ -259,7 +259,7 @@ def test_quiet_says_nothing_on_stderr(command, three, heads_bundle, tmp_path):
 def test_a_command_ends_with_what_was_written_and_what_to_do_next(command, heads, three, heads_bundle, tmp_path):
     _, out, _ = command("augment", heads, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "-q")
     assert "Wrote 2 synthetic scans (nifti)" in out
-    assert f"Next: medgen score NEW_SCANS -m {heads_bundle}" in out
+    assert f"Next: medgen score SCANS -m {heads_bundle}" in out
     _, out, _ = command("score", three, "-m", heads_bundle, "-o", tmp_path / "s", "-q")
     assert "Scored 3 of 3 scans" in out
     assert "Research use only, not a medical device." in out

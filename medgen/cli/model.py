@@ -28,6 +28,7 @@ from medgen.cli.shared import (
     Set,
     Xform,
     listed,
+    next_command,
     reading,
     say,
     speaking,
@@ -88,7 +89,7 @@ def train(
         from medgen.tasks.learn import train as run
 
         folder = run(data, out, **choices, device=device, options=options, licence=licence, force=force)
-    say([f"Wrote the bundle {folder}.", f"Next: medgen score SCANS -m {folder} -o OUT"], {"bundle": folder}, as_json)
+    say([f"Wrote the bundle {folder}.", next_command(folder, data)], {"bundle": folder}, as_json)
 
 
 @app.command()

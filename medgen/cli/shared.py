@@ -107,6 +107,20 @@ def speaking(quiet: bool) -> Iterator[None]:
         yield
 
 
+def next_command(bundle: Path, data: Path) -> str:
+    """What to do with a bundle next: score scans where it can, else draw some or see how good they are."""
+    from medgen.bundle import Bundle
+    from medgen.models.base import can
+    from medgen.tasks.detector import can_score
+
+    made = Bundle.load(bundle)
+    if "questions" in made.calibration or can_score(made.model):
+        return f"Next: medgen score SCANS -m {bundle} -o OUT"
+    if can(made.model, "samples"):
+        return f"Next: medgen evaluate {data} -m {bundle} --samples 200"
+    return f"Next: medgen evaluate {data} -m {bundle}"
+
+
 def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
     """End a command: JSON for machines on stdout, or sentences."""
     if as_json:
@@ -117,6 +131,6 @@ def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
 
 __all__ = [
     "AsJson", "Colour", "Context", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Made",
-    "Minutes", "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "reading", "say",
-    "speaking",
+    "Minutes", "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "next_command", "reading",
+    "say", "speaking",
 ]  # fmt: skip

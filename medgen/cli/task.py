@@ -30,6 +30,7 @@ from medgen.cli.shared import (
     Set,
     Xform,
     listed,
+    next_command,
     reading,
     say,
     speaking,
@@ -85,7 +86,7 @@ def augment(
     lines.append(
         f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f})."
     )
-    lines.append(f"Next: medgen score NEW_SCANS -m {bundle or done.folder / 'bundle'} -o OUT")
+    lines.append(next_command(bundle or done.folder / "bundle", data))
     facts = {"folder": done.folder, "written": done.written, "copies_rejected": done.copies_rejected}
     say(lines, facts | {"format": done.format, "copy_test": test.to_dict()}, as_json)
 
