@@ -14,6 +14,8 @@ from medgen.nets.blocks import Decoder, Encoder, channels_last
 
 # How many times as many features a critic of pairs has between scan and code.
 _PAIR = 256
+# How much faster than other weights the size of voxel noise is learned, which has far to go.
+_PACE = 10.0
 
 
 @dataclass(frozen=True)
@@ -150,7 +152,7 @@ class Grain(nn.Module):
 
     def __init__(self, kind: Literal["independent", "dependent"], channels: int) -> None:
         super().__init__()
-        self.size = nn.Parameter(torch.full((channels,), -3.0))
+        self.size = nn.Parameter(torch.full((channels,), -3.0 / _PACE))
         self.seen = nn.Linear(channels, channels) if kind == "dependent" else None
         if self.seen is not None:
             nn.init.zeros_(self.seen.weight)
@@ -164,7 +166,7 @@ class Grain(nn.Module):
         """Sigma on the scale -1 to 1, one number a channel or one a voxel."""
         size = self.size.reshape(-1, *[1] * (x.ndim - 2))
         seen = 0 if self.seen is None else self.seen(x.movedim(1, -1)).movedim(-1, 1)
-        return functional.softplus(size + seen)
+        return functional.softplus(_PACE * (size + seen))
 
 
 __all__ = ["CodeReader", "EnergyJudge", "Grain", "Judge", "Opinion"]

@@ -43,8 +43,9 @@ class _PerceptronGenerator(Generator):
         self.shape, self.draws = (frame.channels, *frame.shape), frame.code
         layers: list[nn.Module] = []
         for inside in (frame.told, *[hidden] * frame.depth):
-            layers += [nn.Linear(inside, hidden), nn.ReLU()]
-        self.body = nn.Sequential(*layers, nn.Linear(hidden, prod(self.shape)), nn.Tanh())
+            layers += [spectral(nn.Linear(inside, hidden), frame.spectral), nn.ReLU()]
+        layers += [spectral(nn.Linear(hidden, prod(self.shape)), frame.spectral), nn.Tanh()]
+        self.body = nn.Sequential(*layers)
 
     def forward(self, code: Tensor, told: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
         """One scan."""
@@ -92,15 +93,16 @@ class _DCGANGenerator(Generator):
         super().__init__()
         dims, widths = frame.dims, frame.widths
         self.start, self.draws = (widths[-1], *frame.at(frame.levels)), frame.code
-        self.code = nn.Linear(frame.told, prod(self.start))
+        self.code = spectral(nn.Linear(frame.told, prod(self.start)), frame.spectral)
         up = nn.ConvTranspose2d if dims == 2 else nn.ConvTranspose3d
         layers: list[nn.Module] = [_batch_norm(dims, widths[-1]), nn.ReLU()]
         for level in reversed(range(frame.levels)):
-            layers += [up(widths[level + 1], widths[level], 4, stride=2, padding=1), _batch_norm(dims, widths[level])]
-            layers += [nn.ReLU()]
-        layers += [conv(dims, widths[0], frame.channels * frame.fold**dims), Unfold(dims, frame.fold), nn.Tanh()]
-        self.body = nn.Sequential(*layers)
-        _begin(self)
+            step = up(widths[level + 1], widths[level], 4, stride=2, padding=1)
+            layers += [spectral(step, frame.spectral), _batch_norm(dims, widths[level]), nn.ReLU()]
+        layers += [spectral(conv(dims, widths[0], frame.channels * frame.fold**dims), frame.spectral)]
+        self.body = nn.Sequential(*layers, Unfold(dims, frame.fold), nn.Tanh())
+        if not frame.spectral:
+            _begin(self)
 
     def forward(self, code: Tensor, told: Tensor | None = None, image: Tensor | None = None) -> list[Tensor]:
         """One scan."""
