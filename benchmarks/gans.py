@@ -140,15 +140,16 @@ def distances(model: Model, train: Scans, held: Scans, seed: int = 0) -> dict:
     return compare_sets(*sets, seed=seed).to_dict()
 
 
-def sheet(real: torch.Tensor, made: torch.Tensor, path: Path) -> None:
-    """Rows of real scans above rows of samples; volumes by their middle slices. For the eye, not for the repository."""
+def sheet(made: torch.Tensor, path: Path, real: torch.Tensor | None = None) -> None:
+    """Two rows of samples; below two rows of real scans where given, for the eye and not for the repository."""
 
     def rows(x: torch.Tensor) -> np.ndarray:
         flat = x[:32, 0] if x.ndim == 4 else x[:32, 0, :, :, x.shape[4] // 2]
         return np.concatenate([np.concatenate(list(flat[n : n + 16].numpy()), 1) for n in (0, 16)], 0)
 
-    whole = np.concatenate([rows(real), np.ones((4, 16 * real.shape[3])), rows(made)], 0)
-    image = Image.fromarray((whole.clip(0, 1) * 255).astype(np.uint8))
+    parts = [rows(made)]
+    parts += [] if real is None else [np.ones((4, parts[0].shape[1])), rows(real)]
+    image = Image.fromarray((np.concatenate(parts, 0).clip(0, 1) * 255).astype(np.uint8))
     image.resize((image.width * 3, image.height * 3), Image.Resampling.NEAREST).save(path)
 
 
@@ -165,7 +166,9 @@ def chest_row(name: str, seed: int, minutes: float, work: Path) -> None:
     row["distances"] = distances(model, train, val)
     row["test"] = test_aurocs(key, drawn, work)
     mixed = torch.randperm(len(train), generator=torch.Generator().manual_seed(0))[:32]
-    sheet(train.x[mixed], model.sample(32, seed=1, cond=train.y[mixed]), work / f"{key}.png")
+    made = model.sample(32, seed=1, cond=train.y[mixed])
+    sheet(made, work / f"{key}.png", train.x[mixed])
+    sheet(made, work / f"{key}-generated.png")
     (work / f"{key}.json").write_text(json.dumps(row, indent=1, default=float))
 
 
@@ -198,7 +201,9 @@ def volume_row(name: str, seed: int, minutes: float, work: Path) -> None:
     row |= {"scans": [len(train), len(held)], "distances": distances(model, train, held)}
     key = f"volumes-{name}-{seed}-{minutes:g}"
     torch.save(model.state_dict(), work / f"{key}.pt")
-    sheet(train.x, model.sample(32, seed=1), work / f"{key}.png")
+    made = model.sample(32, seed=1)
+    sheet(made, work / f"{key}.png", train.x)
+    sheet(made, work / f"{key}-generated.png")
     (work / f"{key}.json").write_text(json.dumps(row, indent=1, default=float))
 
 
