@@ -112,13 +112,16 @@ class GANConfig(ConditionedConfig):
                 f"architecture '{kind.kind}' {'makes scans of' if takes_image else 'takes no'} given images: unet and "
                 f"spade do, with a context of 1 or more (--context mask); found context {self.context}"
             )
-        if not kind.whole and (self.start == "mixture" or self.diffaugment or self.loss == "energy"):
+        changed = self.diffaugment or self.consistency
+        if not kind.whole and (self.start == "mixture" or changed or self.loss == "energy"):
             raise ValueError(
-                f"architecture '{kind.kind}' shows scans to the critic in parts: start mixture, diffaugment and the "
-                "loss energy want them whole"
+                f"architecture '{kind.kind}' shows scans to the critic in parts: start mixture, diffaugment, "
+                "consistency and the loss energy want them whole"
             )
         if (self.condition == "information") != (sum(self.codes) > 0):
             raise ValueError("condition 'information' and codes (categories, numbers) go together")
+        if self.condition == "information" and self.inference != "none":
+            raise ValueError("condition 'information' finds codes of its own: set inference: none")
         return self
 
     @model_validator(mode="after")

@@ -44,10 +44,8 @@ from medgen.seeds import derived_seed, seeded_noise
 _MICRO_BATCH = {2: 16, 3: 4}
 # Weight of an encoder's error in the critic's features (Schlegl et al. 2019, equation 3), and of the pull apart.
 _FEATURES, _PULL = 1.0, 0.1
-# Scans that coverage is told of.
-_MOST_JUDGED = 500
-# Voxels that the generator's beginning is fitted to.
-_MOST_VOXELS = 2**24
+# Scans that coverage is told of, and voxels that the generator's beginning is fitted to.
+_MOST_JUDGED, _MOST_VOXELS = 500, 2**24
 
 
 class GAN(Model):
@@ -61,6 +59,7 @@ class GAN(Model):
 
     Config = GANConfig
     config: GANConfig
+    turn: str = ""  # whose loss was asked last
 
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
@@ -111,18 +110,18 @@ class GAN(Model):
     @torch.no_grad()
     def initialise(self, batch: Batch) -> None:
         """Class shares, and the mixture that the generator begins as."""
-        none = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device)
-        index = class_indices(self.config, batch.cond)
-        index = none if index is None else index
+        found = class_indices(self.config, batch.cond)
+        index = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device) if found is None else found
         known = index[self._known(batch.cond, len(index)) > 0]
         if len(known):
             self.shares.copy_(torch.bincount(known, minlength=len(self.shares)) / len(known))
         if self.pair.start is not None:
-            self.pair.start.fit(centred(batch.x), index if self.config.told else none)
+            self.pair.start.fit(centred(batch.x), index if self.config.told else torch.zeros_like(index))
 
     def forward(self, batch: Batch, player: str = "critic") -> Loss:
         """What a player pays, in its paper's unit; the total is so a voxel, as `fit` takes it."""
         self._grow()
+        self.turn = player
         terms = {"critic": self._critic, "generator": self._generator, "encoder": self._encoder}[player](batch)
         return Loss(torch.stack([*terms.values()]).sum(0) * batch.x[0].numel(), terms)
 
@@ -232,7 +231,7 @@ class GAN(Model):
     @property
     def _encoding(self) -> bool:
         """Whether it is the posthoc encoder's turn."""
-        return self.config.inference == "posthoc" and 1 > self.progress >= self.config.share
+        return self.turn == "encoder" and self.progress < 1  # not by `share`: stages begin at whole steps
 
     def _drawn(self, batch: Batch) -> Float[Tensor, "b c *space"]:
         """As many scans told the same, of torch's random state; with voxel noise where real scans have it."""
@@ -303,6 +302,7 @@ class GAN(Model):
         Raises:
             CapabilityError: the model has no way to find codes.
         """
+        self._grow()
         return Point(self.pair.code(centred(x)))
 
     @torch.no_grad()
@@ -324,7 +324,6 @@ class GAN(Model):
         Raises:
             CapabilityError: the model reconstructs nothing that the features of could be compared with.
         """
-        self._grow()
         self.pair.code(centred(x[:1]))
         side = replace(self._side(x, None), told=self.pair.told(self._classes(x, cond), len(x)))
         return self.pair.judged(side).features
@@ -363,11 +362,12 @@ class GAN(Model):
 
     def _classes(self, x: Tensor, cond: Tensor | None) -> Tensor | None:
         """Conditions of scans: as told, or else the class most often seen."""
-        known = cond is not None or not (self.config.told and self.config.classes)
-        return cond if known else self.shares.argmax().expand(len(x))
+        unknown = cond is None and self.config.told and self.config.classes
+        return self.shares.argmax().expand(len(x)) if unknown else cond
 
     def _side(self, x: Tensor, image: Tensor | None) -> Side:
-        return Side(self.pair.generator.seen(centred(x)), image=image)
+        self._grow()
+        return self.pair.real(None, Batch(x, None, image))
 
     def _grow(self) -> None:
         self.pair.grow(self.progress if self.training else None)

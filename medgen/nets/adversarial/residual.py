@@ -127,6 +127,8 @@ class _ResNetGenerator(Generator):
         self.last = spectral(conv(dims, widths[0], frame.channels * frame.fold**dims), frame.spectral)
         inside = frame.context * frame.fold**dims
         self.looks = nn.ModuleList(conv(dims, inside, widths[level]) for level in reversed(range(levels)) if inside)
+        # What the scan to begin with shows at the finest level takes more than one layer to change.
+        self.refine = _Block(frame, widths[0], widths[0], size="same", **sizes) if inside else None
         self.fold, self.unfold, self.bounded = Fold(dims, frame.fold), Unfold(dims, frame.fold), not plain
         if inside and not frame.spectral:  # the scan to begin with is what it begins with
             for parameter in self.last.parameters():
@@ -148,6 +150,8 @@ class _ResNetGenerator(Generator):
                 x = x if image is None else x + self.looks[level](guides[level])
             if nth == self.depth - 1 and self.attention is not None and level == self.attended:
                 x = self.attention(x)
+        if self.refine is not None:
+            x = self.refine(x, told if self.parts == 1 else self.joined(rows[0], told))
         x = self.unfold(self.last(functional.leaky_relu(self.norm(x, None), self.leak)))
         return [torch.tanh(x) if self.bounded else x]
 
