@@ -49,8 +49,8 @@ class Change:
         over = (slice(None), *[None] * (x.ndim - 1))
         if values:
             unit = (x + 1) / 2
-            # Slope and sign survive outside [0, 1], where an untrained generator may be.
-            curved = unit.sign() * unit.abs().clamp(min=1e-3) ** self.gamma[over]
+            # Slope and sign survive at 0, where background is, and outside [0, 1], where an untrained generator may be.
+            curved = unit * (unit.abs() + 1e-3) ** (self.gamma[over] - 1)
             x = torch.where(self.kept[over] > 0, 2 * curved - 1, x)
         rows = torch.arange(len(x), device=x.device)[(slice(None), *[None] * len(space))]
         index, inside = [], torch.zeros(len(x), *space, dtype=torch.bool, device=x.device)
