@@ -106,7 +106,7 @@ def trained(name: str, train: Scans, val: Scans, minutes: float, seed: int) -> t
         "best at": reached.best_seen,
         "seconds an image": seconds,
         "health": health,
-        "warnings": complaints(health),
+        "warnings": [*reached.warnings, *complaints(health)],
         "history": [[seen, held] for seen, _, held in reached.history],
         "peak_mb": round(peak_mb()),
         "machine": machine(),
