@@ -16,6 +16,7 @@ from medgen.metrics.image import local_mean, ssim_map
 from medgen.models.autoencoder import Autoencoder
 from medgen.models.base import Model
 from medgen.models.flow import Flow
+from medgen.models.gan import GAN
 from medgen.models.hvae import HVAE
 from medgen.models.mixture import Mixture
 from medgen.models.pyramidflow import PyramidFlow
@@ -375,3 +376,18 @@ def test_scores_of_parts_refuse_densities_without_them():
             score.check({"model": made(Mixture)})
     with pytest.raises(CapabilityError, match="'other'"):
         Scales(of="other").check({"model": made(VAE)})
+
+
+def test_what_a_critic_sees_in_scan_and_twin_adds_to_the_residual():
+    """Schlegl et al. 2019, equation 4: the mean squared error of voxels, and so many times that of features."""
+    model = made(GAN, inference="posthoc", start="noise", latent=4)
+    batch = scans(3)
+    plain = Residual(measure="l2", window=1)({"model": model}, batch, {})
+    both = Residual(measure="l2", window=1, features=2.0)({"model": model}, batch, {})
+    twin = model.reconstruct(batch.x).clamp(0, 1)
+    seen = (model.perceive(batch.x) - model.perceive(twin)).square().mean(1)
+    assert torch.allclose(plain.values[:, 0], (batch.x - twin).square().flatten(1).mean(1), atol=1e-6)
+    assert torch.allclose(both.values[:, 0], plain.values[:, 0] + 2 * seen, atol=1e-6)
+    assert torch.equal(both.map, plain.map)
+    with pytest.raises(CapabilityError, match="fanogan"):
+        Residual(features=1.0).check({"model": made(VAE)})

@@ -104,7 +104,9 @@ def _layout(path: Path, options: ReadOptions) -> _Layout:
     within_cap(shape, name, options)
     colour = int(head["datatype"]) == _RGB24
     if colour and not options.colour:
-        raise DataError(f"{name}: expected one number a voxel; found RGB colour. Pass colour=True to read 3 channels.")
+        raise DataError(
+            f"{name}: expected one number a voxel; found RGB colour. Pass colour=True (--colour) to read 3 channels."
+        )
     if colour and shape[0] > 1:
         raise DataError(f"{name}: expected one colour image; found {shape[0]} in one file. Split it first.")
     kind = "u1" if colour else _KINDS.get(int(head["datatype"]))

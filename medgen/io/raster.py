@@ -148,7 +148,9 @@ def _decoded(picture: Image.Image, name: str, options: ReadOptions) -> Image.Ima
         if np.array_equal(red, green) and np.array_equal(red, blue):
             return picture.getchannel(0)
     if picture.mode == "RGB" and not options.colour:
-        raise DataError(f"{name}: expected one number a pixel; found RGB colour. Pass colour=True to read 3 channels.")
+        raise DataError(
+            f"{name}: expected one number a pixel; found RGB colour. Pass colour=True (--colour) to read 3 channels."
+        )
     return picture
 
 
@@ -216,7 +218,9 @@ def read_npz(path: Path, fragment: str, options: ReadOptions = ReadOptions()) ->
     values = _npz_images(path, key, status.st_mtime_ns, status.st_size)[int(number)]
     colour = len(shape) == 4 and shape[-1] == 3
     if colour and not options.colour:
-        raise DataError(f"{name}: expected one number a pixel; found RGB colour. Pass colour=True to read 3 channels.")
+        raise DataError(
+            f"{name}: expected one number a pixel; found RGB colour. Pass colour=True (--colour) to read 3 channels."
+        )
     voxels = finite(_as_voxels(values), Scale(), name, options)
     header = Header(space=0, photometric="RGB" if colour else "MONOCHROME2")
     return Scan(voxels, _plain_grid(voxels.shape[1:]), header=header)

@@ -18,7 +18,7 @@ from medgen.metrics.twosample import Block, blocks_of, classifier_scores, folds_
 from medgen.seeds import derived_seed
 
 METRICS = ("frechet", "kernel", "precision", "recall", "density", "coverage", "c2st_linear", "c2st_trees")
-FEWEST = 10
+FEWEST, FEWEST_PATIENTS = 10, 5
 # Sets are compared with at most so many scans each: distances are held in memory.
 _MOST = 2000
 _NEIGHBOURS = 5
@@ -93,10 +93,16 @@ def compare_sets(
         seed: which scans are taken, and how they fall into blocks.
 
     Raises:
-        DataError: a set has fewer than 10 scans, or the columns differ.
+        DataError: a set has fewer than 10 scans or 5 patients, or the columns differ.
     """
     rows = [np.asarray(one, dtype=np.float64) for one in (reference, generated, floor)]
     check_rows(reference=rows[0], generated=rows[1], floor=rows[2])
+    for name, whose in (("reference", patients), ("floor", floor_patients)):
+        if whose is not None and len(set(whose)) < FEWEST_PATIENTS:
+            raise DataError(
+                f"Scans of {FEWEST_PATIENTS} patients or more are compared, as those of one are not independent; found "
+                f"{len(set(whose))} ({name})."
+            )
     count = min(_MOST, *(len(one) for one in rows))
     chosen, blocks = [], []
     for n, (one, whose) in enumerate(zip(rows, (patients, None, floor_patients), strict=True)):
@@ -303,6 +309,6 @@ def _kept(block: Block, without: int | None) -> Bool[np.ndarray, " n"]:
 
 
 __all__ = [
-    "FEWEST", "METRICS", "Measure", "Pair", "SetComparison", "check_rows", "compare_sets", "frechet",
+    "FEWEST", "FEWEST_PATIENTS", "METRICS", "Measure", "Pair", "SetComparison", "check_rows", "compare_sets", "frechet",
     "jackknife_interval", "kernel_distance", "neighbour_shares", "standardised",
 ]  # fmt: skip

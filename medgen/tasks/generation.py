@@ -20,7 +20,7 @@ from medgen.log import note, track
 from medgen.metrics.encoder import Extractor, learned_encoder, torchscript_extractor
 from medgen.metrics.hog import hog_rows
 from medgen.metrics.radiomics import radiomics
-from medgen.metrics.sets import FEWEST, METRICS, SetComparison, compare_sets
+from medgen.metrics.sets import FEWEST, FEWEST_PATIENTS, METRICS, SetComparison, compare_sets
 from medgen.models import build, family
 from medgen.models.abilities import Samples
 from medgen.models.base import Model, can, class_indices
@@ -125,9 +125,11 @@ def generation(
     """
     held, learned, says = _sides(scans, known)
     found: dict[str, Any] = {"drawn": asked.scans, "held_out": len(held), "rows": [], "notes": [says]}
-    if min(len(held), len(learned)) < FEWEST:
-        few = f"Comparing drawn scans takes {FEWEST} held-out scans and as many others"
-        found["notes"].append(f"{few}; found {len(held)} and {len(learned)}: not measured.")
+    people = [len(rows.patients) for rows in (held, learned)]
+    if min(len(held), len(learned)) < FEWEST or min(people) < FEWEST_PATIENTS:
+        few = f"Comparing drawn scans takes {FEWEST} held-out scans of {FEWEST_PATIENTS} patients and as many others"
+        seen = f"{len(held)} of {people[0]} and {len(learned)} of {people[1]}"
+        found["notes"].append(f"{few}; found {seen}: not measured.")
         return found
     rng = np.random.default_rng(derived_seed(asked.seed, 1))
     few = rng.permutation(len(learned))[: _MOST[bundle.model.config.dims]]

@@ -31,7 +31,7 @@ class GANConfig(ConditionedConfig):
         condition: how the critic learns that a scan has a class: 'concat' (cGAN), 'projection' (BigGAN),
             'auxiliary' (ACGAN) and 'semi-supervised' (SGAN) tell classes, too; 'information' (InfoGAN) finds its
             own; 'none' ignores classes.
-        naming: weight of the class's name beside 'concat' or 'projection': the critic learns it of real scans
+        naming: weight of the class's name beside the condition 'projection': the critic learns it of real scans
             alone, and generated ones pay where it names another.
         inference: how codes are found: 'joint' (BiGAN) or 'posthoc' (f-AnoGAN); 'none' finds none.
         latent: numbers of a code.
@@ -97,7 +97,7 @@ class GANConfig(ConditionedConfig):
     @property
     def tells_classes(self) -> bool:
         """Whether the critic says of which class a scan is."""
-        told = self.condition in ("auxiliary", "semi-supervised") or (self.naming > 0 and self.told > 0)
+        told = self.condition in ("auxiliary", "semi-supervised") or self.naming > 0
         return told and len(self.classes) > 1
 
     @model_validator(mode="after")
@@ -120,6 +120,12 @@ class GANConfig(ConditionedConfig):
             )
         if (self.condition == "information") != (sum(self.codes) > 0):
             raise ValueError("condition 'information' and codes (categories, numbers) go together")
+        if self.naming and self.condition != "projection":
+            raise ValueError(f"naming goes with condition 'projection'; found '{self.condition}'")
+        if self.condition == "semi-supervised" and self.inference == "joint":
+            raise ValueError(
+                "a semi-supervised critic judges scans without their codes: set inference: none or posthoc"
+            )
         if self.condition == "information" and self.inference != "none":
             raise ValueError("condition 'information' finds codes of its own: set inference: none")
         return self

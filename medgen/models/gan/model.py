@@ -3,27 +3,24 @@
 A generator makes scans of noise, a critic tells them from real ones, and each is trained against the other (Goodfellow
 et al. 2014, "Generative adversarial nets"). What systems with names differ in are fields here:
 
-- `architecture`: perceptron, dcgan, resnet, style, progressive, multi-scale, laplacian, autogan, unet, spade;
-- `loss`: see `medgen.prob.adversarial`; the default pairs every real scan with a generated one and punishes the
-  critic's slope at both (Huang et al. 2024, "The GAN is dead; long live the GAN!", equations 1 to 4), which is proven
-  to converge where others run in circles or collapse;
+- `architecture`, and `loss` (`medgen.prob.adversarial`): the default pairs every real scan with a generated one and
+  punishes the critic's slope at both (Huang et al. 2024, "The GAN is dead; long live the GAN!", equations 1 to 4),
+  which is proven to converge where others run in circles or collapse;
 - `condition`: what the critic makes of a scan's class; a given image (`context`) is seen beside the scan;
-- `inference`: how a scan's code is found, so that the model reconstructs;
-- regularisers: `spectral`, `r1`, `r2`, `penalty`, `diffaugment`, `consistency`, `grain`.
+- `inference`: how a scan's code is found; and the regularisers.
 
 The default generator begins as a Gaussian mixture of the training scans, class by class, in closed form (`start`), so
 that training only has to add what a mixture lacks.
 """
 
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
 from typing import Any
 
 import torch
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 
 from medgen.data.dataset import Batch
@@ -32,7 +29,7 @@ from medgen.metrics.energy import coverage, energy_score, variety
 from medgen.models.abilities import Ability
 from medgen.models.base import Loss, Model, ModelConfig, Player, class_indices
 from medgen.models.gan.config import GANConfig
-from medgen.models.gan.pair import Pair, Side, centred, uncentred
+from medgen.models.gan.pair import Pair, Side, centred, held, uncentred
 from medgen.nets.adversarial.judge import Opinion
 from medgen.nets.diffaugment import Change, consistent
 from medgen.nets.told import require_context
@@ -79,7 +76,8 @@ class GAN(Model):
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
         """A GAN samples; with a way to find codes it encodes and reconstructs, with class verdicts it classifies."""
         known: set[Ability] = {"samples"}
-        known |= {"encodes", "reconstructs", "perceives"} if getattr(config, "inference", "none") != "none" else set()
+        if getattr(config, "inference", "none") != "none":
+            known |= {"encodes", "reconstructs"} | (set() if getattr(config, "context", 0) else {"perceives"})
         return frozenset(known | ({"classifies"} if getattr(config, "tells_classes", False) else set()))
 
     @property
@@ -112,11 +110,12 @@ class GAN(Model):
         """Class shares, and the mixture that the generator begins as."""
         found = class_indices(self.config, batch.cond)
         index = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device) if found is None else found
-        known = index[self._known(batch.cond, len(index)) > 0]
-        if len(known):
-            self.shares.copy_(torch.bincount(known, minlength=len(self.shares)) / len(known))
+        known = self._known(batch.cond, len(index)) > 0
+        known = known if bool(known.any()) else torch.ones_like(known)
+        self.shares.copy_(torch.bincount(index[known], minlength=len(self.shares)) / int(known.sum()))
         if self.pair.start is not None:
-            self.pair.start.fit(centred(batch.x), index if self.config.told else torch.zeros_like(index))
+            told = index if self.config.told and self.config.classes else torch.zeros_like(index)
+            self.pair.start.fit(centred(batch.x[known]), told[known])
 
     def forward(self, batch: Batch, player: str = "critic") -> Loss:
         """What a player pays, in its paper's unit; the total is so a voxel, as `fit` takes it."""
@@ -166,7 +165,7 @@ class GAN(Model):
         config, pair, count = self.config, self.pair, len(batch.x)
         told, z = pair.told(batch.cond, count), pair.draws(count)
         changes = pair.change(count), pair.change(count)
-        with _held(pair.judge):
+        with held(pair.judge):
             side = pair.generated(z, told, batch)
             opinion = pair.judged(side, changes[1])
             terms = {"verdict": self._fooling(opinion.verdict, told, batch, changes[0])}
@@ -199,7 +198,7 @@ class GAN(Model):
     def _encoder(self, batch: Batch) -> dict[str, Tensor]:
         """How far a scan is from what is generated of its code, voxel by voxel and in the critic's features."""
         pair, told = self.pair, self.pair.told(batch.cond, len(batch.x))
-        with _held(pair.judge, pair.generator, still=True):
+        with held(pair.judge, pair.generator, still=True):
             again = replace(batch, x=self._again(batch, told))
             seen, shown = (pair.judged(pair.real(told, one)).features for one in (batch, again))
             apart = 4 * (again.x - batch.x).square().flatten(1).mean(1)
@@ -226,7 +225,11 @@ class GAN(Model):
         self._grow()
         if self._encoding:
             return torch.stack([*self._encoder(batch).values()]).sum(0) * batch.x[0].numel()
-        return energy_score(batch.x, self._drawn(batch)) * batch.x[0].numel()
+        drawn = self._drawn(batch)
+        missed = energy_score(batch.x, drawn)
+        if self.config.fidelity:  # a scan for a given image has one answer
+            missed = missed + (drawn - batch.x).abs().flatten(1).mean(1)
+        return missed * batch.x[0].numel()
 
     @property
     def _encoding(self) -> bool:
@@ -376,24 +379,6 @@ class GAN(Model):
 def _spread(real: Tensor, drawn: Tensor) -> dict[str, float]:
     """How far draws go, in comparison with scans; nothing of a single scan."""
     return {"coverage": coverage(real, drawn), "variety": variety(real, drawn)} if len(real) > 1 else {}
-
-
-@contextmanager
-def _held(*modules: nn.Module, still: bool = False) -> Iterator[None]:
-    """Parameters without gradients inside the block, whose graph keeps so; `still` in evaluation mode, too."""
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
-    modes = [(part, part.training) for module in modules for part in module.modules()] if still else []
-    for parameter in parameters:
-        parameter.requires_grad_(False)
-    for part, _ in modes:
-        part.training = False
-    try:
-        yield
-    finally:
-        for parameter in parameters:
-            parameter.requires_grad_(True)
-        for part, mode in modes:
-            part.training = mode
 
 
 __all__ = ["GAN"]

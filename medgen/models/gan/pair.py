@@ -1,5 +1,7 @@
 """A generator and a critic, with all that belongs to them: what is generated, and what is thought of it."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
@@ -216,4 +218,22 @@ def uncentred(x: Tensor) -> Tensor:
     return (x + 1) / 2
 
 
-__all__ = ["Pair", "Side", "centred", "uncentred"]
+@contextmanager
+def held(*modules: nn.Module, still: bool = False) -> Iterator[None]:
+    """Parameters without gradients inside the block, whose graph keeps so; `still` in evaluation mode, too."""
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    modes = [(part, part.training) for module in modules for part in module.modules()] if still else []
+    for parameter in parameters:
+        parameter.requires_grad_(False)
+    for part, _ in modes:
+        part.training = False
+    try:
+        yield
+    finally:
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+        for part, mode in modes:
+            part.training = mode
+
+
+__all__ = ["Pair", "Side", "centred", "held", "uncentred"]
