@@ -63,8 +63,9 @@ def coverage(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *space
     1 where draws are everywhere that scans are; it falls when the generator forgets some kinds of them.
     """
     rows, other = real.flatten(1), drawn.flatten(1)
-    distances = (torch.cdist(a, b).double().cpu().numpy() for a, b in ((rows, rows), (other, other), (rows, other)))
-    return neighbour_shares(*distances)["coverage"]
+    sides = ((rows, rows), (other, other), (rows, other))
+    within, made, across = (torch.cdist(a, b).double().cpu().numpy() for a, b in sides)
+    return neighbour_shares(within, made, across)["coverage"]
 
 
 def variety(real: Float[Tensor, "n c *space"], drawn: Float[Tensor, "m c *space"]) -> float:

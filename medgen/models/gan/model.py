@@ -56,6 +56,7 @@ class GAN(Model):
 
     Config = GANConfig
     config: GANConfig
+    shares: Tensor
     turn: str = ""  # whose loss was asked last
 
     def __init__(self, config: GANConfig) -> None:
@@ -77,8 +78,13 @@ class GAN(Model):
         """A GAN samples; with a way to find codes it encodes and reconstructs, with class verdicts it classifies."""
         known: set[Ability] = {"samples"}
         if getattr(config, "inference", "none") != "none":
-            known |= {"encodes", "reconstructs"} | (set() if getattr(config, "context", 0) else {"perceives"})
-        return frozenset(known | ({"classifies"} if getattr(config, "tells_classes", False) else set()))
+            known |= {"encodes", "reconstructs"}
+            # A critic that sees a given image beside the scan has no features of the scan alone.
+            if not getattr(config, "context", 0):
+                known.add("perceives")
+        if getattr(config, "tells_classes", False):
+            known.add("classifies")
+        return frozenset(known)
 
     @property
     def mixed_precision_pays(self) -> bool:

@@ -47,6 +47,8 @@ class Pair(nn.Module):
         config: of the model.
     """
 
+    grown: Tensor
+
     def __init__(self, config: GANConfig) -> None:
         super().__init__()
         self.config = config

@@ -82,10 +82,11 @@ class _Block(nn.Module):
         dims, self.size, self.norm = frame.dims, size, norm
         self.norms = nn.ModuleList([Normalisation(dims, width, norm, told) for width in (inside, outside)])
         self.first = spectral(conv(dims, inside, outside), frame.spectral)
-        self.second = spectral(conv(dims, outside, outside), frame.spectral)
+        second = conv(dims, outside, outside)
         self.skip = None if inside == outside else spectral(conv(dims, inside, outside, 1), frame.spectral)
         if norm == "none" and not frame.spectral:
-            nn.init.zeros_(self.second.weight)
+            nn.init.zeros_(next(second.parameters()))
+        self.second = spectral(second, frame.spectral)
 
     def forward(self, x: Tensor, told: Tensor | None = None) -> Tensor:
         """Features at the new size."""
