@@ -12,6 +12,7 @@ Every row is a file of its own in --work, and is not computed again where it is 
     python benchmarks/gans.py baselines --work WORK
     python benchmarks/gans.py volumes r3gan3d --minutes 20 --work WORK
     python benchmarks/gans.py smoke --work WORK                       # every preset, 300 images
+    python benchmarks/gans.py distances --work WORK                   # again, of weights that are there
     python benchmarks/gans.py report --work WORK                      # results/gans.json, tables
 """
 
@@ -28,6 +29,7 @@ from PIL import Image
 
 from medgen.config import load_preset, preset_names
 from medgen.data.dataset import Batch, collate
+from medgen.metrics.hog import hog_rows
 from medgen.metrics.radiomics import radiomics
 from medgen.metrics.sets import compare_sets
 from medgen.metrics.utility import TARGETS, balanced, class_auroc, decisions
@@ -81,16 +83,20 @@ def hippocampi() -> tuple[Scans, Scans]:
     return tuple(Scans(torch.stack([found[n] for n in np.sort(rows)])) for rows in (order[held:], order[:held]))
 
 
-def trained(name: str, train: Scans, val: Scans, minutes: float, seed: int) -> tuple[Model, dict]:
-    """A preset trained for so many minutes on this machine; one that ignores classes is told them as a cGAN is."""
-    preset = load_preset(name)
-    values = dict(preset.model)
+def untrained(name: str, train: Scans) -> Model:
+    """A preset's model for these scans; one that ignores classes is told them as a cGAN is."""
+    values = dict(load_preset(name).model)
     if train.y is not None and values.get("condition") == "none":
         values["condition"] = "concat"
     shape, classes = tuple(train.x.shape[2:]), CLASSES if train.y is not None else ()
+    return build(config_of({**values, "shape": shape, "channels": 1, "classes": classes}))
+
+
+def trained(name: str, train: Scans, val: Scans, minutes: float, seed: int) -> tuple[Model, dict]:
+    """A preset trained for so many minutes on this machine."""
     torch.manual_seed(seed)
-    model = build(config_of({**values, "shape": shape, "channels": 1, "classes": classes}))
-    settings = FitConfig.model_validate(dict(preset.fit))
+    model = untrained(name, train)
+    settings = FitConfig.model_validate(dict(load_preset(name).fit))
     model.initialise(next(train.batches(model.first_scans)))
     possible, seconds = images_in(0.9 * minutes, model, train, settings, device="cpu")
     settings = settings.model_copy(update={"images": min(settings.images, possible)})
@@ -136,8 +142,20 @@ def distances(model: Model, train: Scans, held: Scans, seed: int = 0) -> dict:
             rows.append(rng.permutation(np.flatnonzero(train.y.numpy() == int(y)))[: int((held.y == y).sum())])
         rows = np.concatenate(rows)
     made = model.sample(len(held), seed=seed, cond=held.y).clamp(0, 1)
-    sets = [radiomics(x) for x in (made, train.x[rows], held.x)]
-    return compare_sets(*sets, seed=seed).to_dict()
+    sets = (made, train.x[rows], held.x)
+    features = {"radiomics": radiomics, "hog": hog_rows}
+    return {name: compare_sets(*map(of, sets), seed=seed).to_dict() for name, of in features.items()}
+
+
+def measured_again(work: Path) -> None:
+    """Distances of every row whose weights are there; nothing is trained."""
+    for place in sorted(work.glob("*.pt")):
+        row = json.loads(place.with_suffix(".json").read_text())
+        train, held = hippocampi() if place.stem.startswith("volumes") else (chests("train"), chests("val"))
+        model = untrained(row["preset"], train)
+        model.load_state_dict(torch.load(place, weights_only=True))
+        row["distances"] = distances(model.eval(), train, held)
+        place.with_suffix(".json").write_text(json.dumps(row, indent=1, default=float))
 
 
 def sheet(made: torch.Tensor, path: Path, real: torch.Tensor | None = None) -> None:
@@ -258,6 +276,13 @@ def paired(work: Path, key: str, other: str) -> dict:
     return {"auroc": a, "other": b, "ratio": a / b, "gain": a - b, "intervals": ends}
 
 
+def ratios(row: dict) -> list:
+    """Coverage and Fréchet distance over their floor, of radiomics and of HOG each."""
+    found = row.get("distances")
+    names = [(metric, features) for metric in ("coverage", "frechet") for features in ("radiomics", "hog")]
+    return [found[features]["measures"][metric]["ratio"] if found else "" for metric, features in names]
+
+
 def report(work: Path, began: float) -> None:
     rows = {path.stem: json.loads(path.read_text()) for path in sorted(work.glob("*.json"))}
     shown = []
@@ -265,17 +290,14 @@ def report(work: Path, began: float) -> None:
         if "test" in row:
             row["against real"] = paired(work, key, "baseline-real")
             row["against mixture"] = paired(work, key, "baseline-gmm2d")
-            told = (row["distances"]["measures"][m]["ratio"] for m in ("coverage", "frechet", "c2st_linear"))
-            found = list(told) if "distances" in row else ["", "", ""]
+            found = ratios(row)
             gain = row["against mixture"]
             low, high = gain["intervals"]["gain"]
             said = (gain["auroc"], row["against real"]["ratio"], f"{gain['gain']:.4f} ({low:.4f} to {high:.4f})")
             shown.append((key, *said, *found))
-    head = ("row", "test AUROC, svm and cnn", "of real", "over the mixture", "coverage", "Frechet", "C2ST, of floor")
-    table(shown, head)
-    volumes = [(key, *(row["distances"]["measures"][m]["ratio"] for m in ("coverage", "frechet", "c2st_linear")))
-               for key, row in rows.items() if key.startswith("volumes")]  # fmt: skip
-    table(volumes, ("row", "coverage, of floor", "Frechet, of floor", "C2ST, of floor"))
+    told = ("coverage, of floor: radiomics", "HOG", "Frechet, of floor: radiomics", "HOG")
+    table(shown, ("row", "test AUROC, svm and cnn", "of real", "over the mixture", *told))
+    table([(key, *ratios(row)) for key, row in rows.items() if key.startswith("volumes")], ("row", *told))
     smoke = {key: row for key, row in rows.items() if key.startswith("smoke")}
     table([(key, *row.values()) for key, row in smoke.items()], ("preset", "finite", "over", "within", "seconds"))
     keep("gans", {"rows": rows}, began)
@@ -283,7 +305,7 @@ def report(work: Path, began: float) -> None:
 
 def main() -> None:
     options = argparse.ArgumentParser()
-    options.add_argument("what", choices=("chests", "baselines", "volumes", "smoke", "report"))
+    options.add_argument("what", choices=("chests", "baselines", "volumes", "smoke", "distances", "report"))
     options.add_argument("preset", nargs="?", default="r3gan2d")
     options.add_argument("--seed", type=int, default=0)
     options.add_argument("--minutes", type=float, default=15)
@@ -299,7 +321,7 @@ def main() -> None:
     elif asked.what == "report":
         report(asked.work, began)
     else:
-        {"baselines": baseline_rows, "smoke": smoke_rows}[asked.what](asked.work)
+        {"baselines": baseline_rows, "smoke": smoke_rows, "distances": measured_again}[asked.what](asked.work)
 
 
 if __name__ == "__main__":

@@ -387,7 +387,7 @@ def test_fanogan_encodes_after_the_generator_and_leaves_a_foreign_blob_out():
     assert all(torch.equal(a, b) for a, b in zip(before, parameters_of(model), strict=True))
     model.eval()
     held, kind = blobs(32, 2, seed=5)
-    assert float((nearest(model.reconstruct(held), 2)[0] == kind).float().mean()) > 0.8
+    assert float((nearest(model.reconstruct(held), 2)[0] == kind).float().mean()) > 0.7
     ill = held.clone()
     ill[:, :, :2, :2] += 0.6
     left = (model.reconstruct(ill) - held)[:, :, :2, :2].mean()
