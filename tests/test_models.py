@@ -390,6 +390,15 @@ def test_weights_and_config_make_the_same_model_again(values, dims, channels, cl
         assert torch.equal(drawn(model, 2, seed=1, cond=batch.cond), drawn(other, 2, seed=1, cond=batch.cond))
 
 
+@FAMILY_OR_PRESET
+def test_what_weights_a_config_has_can_be_told_without_memory_for_them(values, dims):
+    """Bundles compare names and shapes before anything is built; so configs cannot ask for more than they bring."""
+    config = config_of(minimal(values, dims, 1, CLASSES))
+    with torch.device("meta"):
+        shapes = {name: tensor.shape for name, tensor in build(config).state_dict().items()}
+    assert shapes == {name: tensor.shape for name, tensor in build(config).state_dict().items()}
+
+
 @FAMILY_AND_DIMS
 def test_a_config_refuses_keys_and_shapes_that_make_no_sense(values, dims):
     good = minimal(values, dims, 1, ())

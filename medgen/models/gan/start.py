@@ -47,7 +47,7 @@ class MixtureStart(nn.Module):
         # Normal numbers besides the code: of the other components, those of the stretch, and one that chooses k.
         band = (torch.arange(rank)[:, None] >= torch.tensor(_BANDS)).sum(1) - 1
         self.register_buffer("band", band, persistent=False)
-        bands = int(band.max()) + 1
+        bands = sum(first < rank for first in _BANDS)
         self.register_buffer("stretch", torch.zeros(count, bands))
         self.register_buffer("stretches", torch.zeros(count, bands, bands))
         self.draws = rank - self.code + bands + 1
