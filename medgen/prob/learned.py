@@ -85,7 +85,9 @@ class CodeSpline(nn.Module):
     def __init__(self, size: int, *, steps: int, width: int, classes: int = 0, conditions: int = 0) -> None:
         super().__init__()
         self.classes, self.conditions = classes, conditions
-        self.flow = NSF(size, context=conditions, transforms=steps, hidden_features=(width, width))
+        # Its masks need numbers: on the meta device, where bundles are checked, they cannot be made.
+        with torch.device("cpu"):
+            self.flow = NSF(size, context=conditions, transforms=steps, hidden_features=(width, width))
 
     def log_prob(self, z: Float[Tensor, "b size"], cond: Tensor | None = None) -> Float[Tensor, " b"]:
         """log p(z | y), nats."""
