@@ -40,7 +40,7 @@ from medgen.training.fit import FitConfig, fit
 from medgen.training.pace import images_in
 
 CLASSES = ("normal", "pneumonia")
-DRAWS, RESAMPLES = 3, 1000
+DRAWS, RESAMPLES = 3, 500
 SPACE_3D = (32, 48, 32)
 
 

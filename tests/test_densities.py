@@ -711,6 +711,8 @@ def told_pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_family_that_can_is_told_covariates_and_masks(told_pictures, tmp_path, kind):
     fields = family(kind).Config.model_fields
     small = {name: value for name, value in {"width": 8, "levels": 1, "steps": 2, "depth": 1}.items() if name in fields}
+    # Of a GAN's architectures few take an image, and without codes it cannot score.
+    small |= {"architecture": {"kind": "unet"}, "start": "noise", "inference": "posthoc"} if kind == "gan" else {}
     made = preset(tmp_path, 2, **small | {"kind": kind})
     trained = medgen.train(told_pictures, tmp_path / "b", preset=made, covariates=["age"], context="mask", **ONCE)
     bundle = Bundle.load(trained)

@@ -117,8 +117,10 @@ class GAN(Model):
         found = class_indices(self.config, batch.cond)
         index = torch.zeros(len(batch.x), dtype=torch.long, device=batch.x.device) if found is None else found
         known = self._known(batch.cond, len(index)) > 0
-        known = known if bool(known.any()) else torch.ones_like(known)
-        self.shares.copy_(torch.bincount(index[known], minlength=len(self.shares)) / int(known.sum()))
+        if bool(known.any()):
+            self.shares.copy_(torch.bincount(index[known], minlength=len(self.shares)) / int(known.sum()))
+        else:  # whose scans are of no known class learns from them all the same
+            known = torch.ones_like(known)
         if self.pair.start is not None:
             told = index if self.config.told and self.config.classes else torch.zeros_like(index)
             self.pair.start.fit(centred(batch.x[known]), told[known])
