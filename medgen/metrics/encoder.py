@@ -1,6 +1,5 @@
 """Networks that turn scans into features to compare sets by: one learned here without labels, or somebody's own."""
 
-import math
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from medgen.errors import ConfigError, DataError
+from medgen.metrics.learner import Ladder, averaged_down, shuffled_rows
 from medgen.metrics.radiomics import Scans, as_array
 
 Extractor = Callable[[Scans], Float[np.ndarray, "n d"]]
@@ -65,7 +65,7 @@ def learned_encoder(train: Scans, *, seed: int = 0) -> LearnedEncoder:
     Raises:
         DataError: fewer than 8 scans.
     """
-    scans = _seen(_floats(train))
+    scans = _seen(train)
     count, dims = len(scans), scans.ndim - 2
     if count < _FEWEST:
         raise DataError(f"An encoder is learned from {_FEWEST} scans or more; found {count}.")
@@ -79,7 +79,7 @@ def learned_encoder(train: Scans, *, seed: int = 0) -> LearnedEncoder:
         parameters = [*network.parameters(), *expander.parameters()]
         optimizer = torch.optim.AdamW(parameters, _RATE, weight_decay=1e-4)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS[dims])
-        for rows in _order(count, dims):
+        for rows in shuffled_rows(count, min(_BATCH[dims], count), _STEPS[dims]):
             views = torch.cat([_view(scans[rows]), _view(scans[rows])])
             first, second = expander(network((views - centre) / spread)).chunk(2)
             optimizer.zero_grad(set_to_none=True)
@@ -145,23 +145,12 @@ class _Network(nn.Module):
 
     def __init__(self, channels: int, dims: int) -> None:
         super().__init__()
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.pool = functional.max_pool2d if dims == 2 else functional.max_pool3d
+        self.ladder = Ladder(channels, _WIDTHS, dims)
         self.last = functional.adaptive_avg_pool2d if dims == 2 else functional.adaptive_avg_pool3d
-        levels, inside = [], channels
-        for width in _WIDTHS:
-            level = [conv(inside, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-            if levels:  # the finest level costs most and sees least
-                level += [conv(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-            levels.append(nn.Sequential(*level))
-            inside = width
-        self.levels = nn.ModuleList(levels)
-        self.head = nn.Linear(inside * 2**dims, _FEATURES)
+        self.head = nn.Linear(_WIDTHS[-1] * 2**dims, _FEATURES)
 
     def forward(self, x: Tensor) -> Tensor:
-        for n, level in enumerate(self.levels):
-            x = level(self.pool(x, 2) if n and min(x.shape[2:]) > 1 else x)
-        return self.head(self.last(x, 2).flatten(1))
+        return self.head(self.last(self.ladder(x), 2).flatten(1))
 
 
 def _view(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *space"]:
@@ -189,23 +178,14 @@ def _vicreg(first: Float[Tensor, "n d"], second: Float[Tensor, "n d"]) -> Float[
     return loss
 
 
-def _order(count: int, dims: int) -> list[Tensor]:
-    """Rows of each step: shuffled passes over the scans."""
-    size, steps = min(_BATCH[dims], count), _STEPS[dims]
-    passes = math.ceil(steps * size / count)
-    return list(torch.cat([torch.randperm(count) for _ in range(passes)])[: steps * size].split(size))
-
-
 def _floats(x: Scans) -> Float[Tensor, "n c *space"]:
     return torch.from_numpy(np.ascontiguousarray(as_array(x), dtype=np.float32))
 
 
-def _seen(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *coarse"]:
-    """Averaged down to the longest edge that the network sees."""
-    dims = scans.ndim - 2
-    factor = math.ceil(max(scans.shape[2:]) / _EDGE[dims])
-    pool = functional.avg_pool2d if dims == 2 else functional.avg_pool3d
-    return pool(scans, factor, ceil_mode=True) if factor > 1 else scans
+def _seen(x: Scans) -> Float[Tensor, "n c *coarse"]:
+    """Scans averaged down to the longest edge that the network sees."""
+    scans = _floats(x)
+    return averaged_down(scans, _EDGE[scans.ndim - 2])
 
 
 __all__ = ["Extractor", "LearnedEncoder", "learned_encoder", "torchscript_extractor"]

@@ -24,6 +24,7 @@ from torch.nn import functional
 
 from medgen.errors import DataError
 from medgen.metrics.detection import auroc
+from medgen.metrics.learner import Ladder, averaged_down, shuffled_rows
 from medgen.seeds import derived_seed
 
 LearnerName = Literal["svm", "cnn", "logistic"]
@@ -146,24 +147,11 @@ class _Network(nn.Module):
 
     def __init__(self, dims: int, classes: int) -> None:
         super().__init__()
-        conv, norm = (nn.Conv2d, nn.BatchNorm2d) if dims == 2 else (nn.Conv3d, nn.BatchNorm3d)
-        self.pool = functional.max_pool2d if dims == 2 else functional.max_pool3d
-        inside, levels = 1, []
-        for width in _WIDTHS:
-            level = [conv(inside, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-            if levels:  # the finest level costs most and sees least
-                level += [conv(width, width, 3, padding=1, bias=False), norm(width), nn.ReLU()]
-            levels.append(nn.Sequential(*level))
-            inside = width
-        self.levels = nn.ModuleList(levels)
-        self.head = nn.Linear(inside, classes)
+        self.ladder = Ladder(1, _WIDTHS, dims)
+        self.head = nn.Linear(_WIDTHS[-1], classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        for level in self.levels:
-            x = level(x)
-            if min(x.shape[2:]) > 1 and level is not self.levels[-1]:
-                x = self.pool(x, 2)
-        return self.head(x.flatten(2).mean(2))
+        return self.head(self.ladder(x).flatten(2).mean(2))
 
 
 def _network(train: tuple[np.ndarray, np.ndarray], x: np.ndarray, seed: int) -> Float[np.ndarray, "m k"]:
@@ -178,7 +166,7 @@ def _network(train: tuple[np.ndarray, np.ndarray], x: np.ndarray, seed: int) -> 
         network = _Network(known.ndim - 2, len(classes)).train()
         optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=1e-2)
         schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=_STEPS)
-        for rows in _rows(len(known)):
+        for rows in shuffled_rows(len(known), _BATCH, _STEPS):
             optimizer.zero_grad(set_to_none=True)
             functional.cross_entropy(network(known[rows]), target[rows]).backward()
             optimizer.step()
@@ -188,19 +176,10 @@ def _network(train: tuple[np.ndarray, np.ndarray], x: np.ndarray, seed: int) -> 
         return torch.cat([network(part).log_softmax(1) for part in new.split(256)]).double().numpy()
 
 
-def _rows(count: int) -> list[Tensor]:
-    """Rows of each step: shuffled passes over the scans."""
-    passes = -(-_STEPS * _BATCH // count)
-    return list(torch.cat([torch.randperm(count) for _ in range(passes)])[: _STEPS * _BATCH].split(_BATCH))
-
-
 def _seen(x: np.ndarray) -> Float[Tensor, "n 1 *space"]:
     """Scans as the network sees them: one channel, averaged down to at most `_EDGE` voxels along an axis."""
     scans = torch.from_numpy(np.ascontiguousarray(x, dtype=np.float32))[:, None]
-    dims = scans.ndim - 2
-    factor = -(-max(scans.shape[2:]) // _EDGE[dims])
-    pool = functional.avg_pool2d if dims == 2 else functional.avg_pool3d
-    return pool(scans, factor, ceil_mode=True) if factor > 1 else scans
+    return averaged_down(scans, _EDGE[scans.ndim - 2])
 
 
 __all__ = ["LEARNERS", "TARGETS", "LearnerName", "balanced", "class_auroc", "decisions", "utility"]
