@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from hashlib import sha256
 from typing import Any, Literal, Protocol
 
 from jaxtyping import Float
@@ -84,4 +85,14 @@ class Way(Protocol):
         ...
 
 
-__all__ = ["How", "Made", "Material", "Origin", "Way"]
+def source_name(case: str, patient: str) -> str:
+    """A pseudonym of a training scan: a case's own name may be somebody's."""
+    return f"C-{sha256(f'{patient}/{case}'.encode()).hexdigest()[:12]}"
+
+
+def patient_name(patient: str) -> str:
+    """A pseudonym of a patient, the same for all scans, so that those of one patient can be kept together."""
+    return f"P-{sha256(patient.encode()).hexdigest()[:12]}"
+
+
+__all__ = ["How", "Made", "Material", "Origin", "Way", "patient_name", "source_name"]
