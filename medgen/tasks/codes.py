@@ -33,6 +33,7 @@ from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for
 from medgen.tasks.intake import Intake, require_whole, taken_in
 from medgen.tasks.workspace import Workspace
+from medgen.training.device import device_for
 
 # More columns than this nobody reads in a table.
 _MOST_COLUMNS = 1024
@@ -122,8 +123,7 @@ class Coder:
                 f"{bundle.name} cannot {what}: it is given an image with every scan, without which a code says "
                 "nothing. Train a model without --context."
             )
-        cuda = device in ("auto", "cuda") and torch.cuda.is_available()
-        self.device = "cuda" if cuda else "mps" if device == "mps" else "cpu"
+        self.device = device_for(device)
         self.bundle, self.model = bundle, bundle.model.to(self.device)
 
     @torch.no_grad()
