@@ -200,10 +200,14 @@ class Model(nn.Module):
 
     @classmethod
     def stride(cls, values: dict[str, Any]) -> int | tuple[int, ...]:
-        """What every axis of a scan must be a multiple of with these `values`: one number, or one for each axis."""
-        if not issubclass(cls.Config, CodedConfig):
+        """What every axis of a scan must be a multiple of with these `values`: one number, or one for each axis.
+
+        fold * 2**levels of a family whose config has both; 1 of others, unless they know better.
+        """
+        fields = cls.Config.model_fields
+        if not fields.keys() >= {"fold", "levels"}:
             return 1
-        fold, levels = (int(values.get(name, cls.Config.model_fields[name].default)) for name in ("fold", "levels"))
+        fold, levels = (int(values.get(name, fields[name].default)) for name in ("fold", "levels"))
         return fold * 2**levels
 
     @property

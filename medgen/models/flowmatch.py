@@ -19,7 +19,7 @@ scans did (classifier-free guidance, Ho & Salimans 2022).
 
 from collections.abc import Callable, Iterator
 from math import ceil, pi, prod
-from typing import Any, Literal
+from typing import Literal
 
 import torch
 from jaxtyping import Float
@@ -151,13 +151,6 @@ class FlowMatch(Model):
             conditions=conditions,
             attention=config.attention,
         )
-
-    @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Fold times two to the number of levels."""
-        fields = cls.Config.model_fields
-        fold, levels = (int(values.get(name, fields[name].default)) for name in ("fold", "levels"))
-        return fold * 2**levels
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:

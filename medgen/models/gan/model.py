@@ -16,7 +16,6 @@ that training only has to add what a mixture lacks.
 from collections.abc import Iterable
 from dataclasses import replace
 from math import prod
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -65,13 +64,6 @@ class GAN(Model):
         self.pair = Pair(config)
         # How often each class is.
         self.register_buffer("shares", torch.ones(max(1, len(config.classes))) / max(1, len(config.classes)))
-
-    @classmethod
-    def stride(cls, values: dict[str, Any]) -> int:
-        """Fold times two to the number of levels."""
-        fields = cls.Config.model_fields
-        fold, levels = (int(values.get(name, fields[name].default)) for name in ("fold", "levels"))
-        return fold * 2**levels
 
     @classmethod
     def abilities(cls, config: ModelConfig) -> frozenset[Ability]:
