@@ -8,8 +8,7 @@ import numpy as np
 from jaxtyping import Float
 from PIL import Image, ImageDraw, ImageFont
 
-from medgen.io.atomic import replacing
-from medgen.report.pictures import NOTICE
+from medgen.report.pictures import NOTICE, saved
 
 _SIDE, _MARGIN, _DOT, _LINE = 480, 24, 4, 18
 _BACKGROUND, _FRAME, _INK = (16, 16, 16), (90, 90, 90), (225, 225, 225)
@@ -56,9 +55,7 @@ def scatter(
         draw.text((left + 16, top), one, fill=_INK, font=font)
     for n, line in enumerate(lines):
         draw.text((6, _SIDE + 2 * _MARGIN + _LINE * n), line, fill=_INK, font=font)
-    with replacing(path, force=True) as part:
-        picture.save(part, format="PNG", optimize=True)
-    return path
+    return saved(picture, path)
 
 
 __all__ = ["scatter"]

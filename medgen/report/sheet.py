@@ -5,8 +5,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from medgen.io.atomic import replacing
-from medgen.report.pictures import NOTICE
+from medgen.report.pictures import NOTICE, saved
 
 _BACKGROUND, _INK, _GAP, _LINE = (16, 16, 16), (225, 225, 225), 12, 18
 
@@ -33,9 +32,7 @@ def sheet(pictures: Sequence[Path], path: Path, *, title: str, width: int = 1600
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(size=13)
     for number, line in enumerate((title, NOTICE)):
         draw.text((6, rows * tall + 4 + number * _LINE), line, fill=_INK, font=font)
-    with replacing(path, force=True) as part:
-        canvas.save(part, format="PNG", optimize=True)
-    return path
+    return saved(canvas, path)
 
 
 __all__ = ["sheet"]
