@@ -110,13 +110,13 @@ def speaking(quiet: bool) -> Iterator[None]:
 def next_command(bundle: Path, data: Path) -> str:
     """What to do with a bundle next: score scans where it can, else draw some or see how good they are."""
     from medgen.bundle import Bundle
-    from medgen.models.base import can
     from medgen.tasks.detector import can_score
+    from medgen.tasks.generation import comparable
 
     made = Bundle.load(bundle)
     if "questions" in made.calibration or can_score(made.model):
         return f"Next: medgen score SCANS -m {bundle} -o OUT"
-    if can(made.model, "samples"):
+    if comparable(made):
         return f"Next: medgen evaluate {data} -m {bundle} --samples 200"
     return f"Next: medgen evaluate {data} -m {bundle}"
 

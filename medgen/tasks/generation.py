@@ -87,6 +87,14 @@ def require_drawing(bundle: Bundle) -> None:
     require_whole(bundle.recipe, bundle.name, "draw scans")
 
 
+def comparable(bundle: Bundle) -> bool:
+    """Whether a bundle draws whole scans, and training set aside enough others to compare them with."""
+    aside = bundle.training.get("set_aside", {})
+    enough = min(bundle.training.get("scans", 0), aside.get("scans", 0)) >= FEWEST
+    people = min(bundle.training.get("patients", 0), aside.get("patients", 0)) >= FEWEST_PATIENTS
+    return enough and people and can(bundle.model, "samples") and not bundle.recipe.slices
+
+
 @dataclass(frozen=True, eq=False)
 class _Side:
     """Real scans, prepared, and whose they are."""
@@ -293,4 +301,4 @@ def write(found: Mapping[str, Any], folder: Path) -> None:
     write_csv(found["rows"], folder / "generation.csv")
 
 
-__all__ = ["MODEL", "REAL", "Drawn", "generation", "lines", "require_drawing", "write"]
+__all__ = ["MODEL", "REAL", "Drawn", "comparable", "generation", "lines", "require_drawing", "write"]

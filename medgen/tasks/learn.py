@@ -118,6 +118,7 @@ def learn(
             "preset": plan.preset,
             "scans": len(train_set.volumes()),
             "patients": len(plan.manifest.split("train").patients),
+            "set_aside": _set_aside(plan),
             "manifest_sha256": plan.manifest.hash(),
             "labels": sorted({row.label for row in plan.manifest.rows}),
             "domains": sorted({row.domain for row in plan.manifest.rows}),
@@ -264,6 +265,12 @@ def _template(plan: Plan) -> Grid:
         affine[:3, 3] -= grid.centre
         grid = Grid(grid.shape, affine)
     return grid
+
+
+def _set_aside(plan: Plan) -> dict[str, int]:
+    """How many scans, and patients, neither training nor its stopping looks at."""
+    aside = [plan.manifest.split(split) for split in ("calibration", "test")]
+    return {"scans": sum(map(len, aside)), "patients": sum(len(rows.patients) for rows in aside)}
 
 
 def _held_out(plan: Plan, options: ReadOptions) -> ScanDataset | None:
