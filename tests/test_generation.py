@@ -3,6 +3,7 @@
 import csv
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,7 @@ from worlds import quick
 
 import medgen
 from medgen.bundle import Bundle
+from medgen.cli.shared import next_command
 from medgen.errors import CapabilityError, ConfigError
 from medgen.io.source import ReadOptions
 from medgen.metrics.sets import METRICS
@@ -59,6 +61,15 @@ def test_drawn_scans_stand_beside_real_ones_and_a_generator_without_training(xra
     assert "rough" in told
     with (tmp_path / "out" / "generation.csv").open() as file:
         assert [row["generator"] for row in csv.DictReader(file)] == [row["generator"] for row in made["rows"]]
+
+
+def test_the_next_command_compares_drawn_scans_only_where_enough_were_set_aside(xrays, gaussian_bundle, monkeypatch):
+    bundle = replace(Bundle.load(gaussian_bundle), calibration={})
+    few = replace(bundle, training=bundle.training | {"set_aside": {"scans": 9, "patients": 9}})
+    monkeypatch.setattr("medgen.tasks.detector.can_score", lambda model: False)
+    for made, says in ((bundle, True), (few, False)):
+        monkeypatch.setattr(Bundle, "load", lambda place, made=made: made)
+        assert next_command(Path("B"), xrays).endswith(f"{xrays} -m B" + says * " --samples 200")
 
 
 def test_one_seed_draws_one_set_and_nothing_is_drawn_unasked(xrays, gaussian_bundle):
