@@ -566,7 +566,7 @@ def test_a_family_without_covariates_refuses_them_and_names_one_that_takes_them(
     with pytest.raises(ConfigError, match=r"mixture takes no covariates.*voxels"):
         medgen.train(people, tmp_path / "b", preset="gmm", covariates=("age",), **ONCE)
     with pytest.raises(ConfigError, match=r"vae takes no context.*voxels"):
-        medgen.train(people, tmp_path / "b", context="mask", **ONCE)
+        medgen.train(people, tmp_path / "b", masks="given", **ONCE)
 
 
 def test_the_command_line_takes_a_list_of_columns(people, command, tmp_path):
@@ -625,7 +625,7 @@ def masked(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def given(masked: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A bundle that is given masks."""
     place = tmp_path_factory.mktemp("given")
-    return medgen.train(masked, place / "b", preset=preset(place, 3), context="mask", **ONCE)
+    return medgen.train(masked, place / "b", preset=preset(place, 3), masks="given", **ONCE)
 
 
 @pytest.mark.slow
@@ -672,8 +672,8 @@ def test_masks_are_needed_and_npz_has_no_place_for_them(masked, heads, given, tm
     with pytest.raises(ConfigError, match="npz"):
         medgen.augment(masked, tmp_path / "a", bundle=given, format="npz")
     with pytest.raises(DataError, match="no training scan has one"):
-        medgen.train(heads, tmp_path / "b", preset=preset(tmp_path, 3), context="mask", **ONCE)
-    with pytest.raises(ConfigError, match="1 channel; found 2"):
+        medgen.train(heads, tmp_path / "b", preset=preset(tmp_path, 3), masks="given", **ONCE)
+    with pytest.raises(ConfigError, match="expected 1, found 2"):
         medgen.train(masked, tmp_path / "c", preset=preset(tmp_path, 3, context=2), **ONCE)
 
 
@@ -714,7 +714,7 @@ def test_every_family_that_can_is_told_covariates_and_masks(told_pictures, tmp_p
     # Of a GAN's architectures few take an image, and without codes it cannot score.
     small |= {"architecture": {"kind": "unet"}, "start": "noise", "inference": "posthoc"} if kind == "gan" else {}
     made = preset(tmp_path, 2, **small | {"kind": kind})
-    trained = medgen.train(told_pictures, tmp_path / "b", preset=made, covariates=["age"], context="mask", **ONCE)
+    trained = medgen.train(told_pictures, tmp_path / "b", preset=made, covariates=["age"], masks="given", **ONCE)
     bundle = Bundle.load(trained)
     assert bundle.model.config.condition_width == bundle.model.config.context == 1
     scores = medgen.score(told_pictures, trained, tmp_path / "scores")

@@ -9,7 +9,6 @@ from medgen.cli import app
 from medgen.cli.shared import (
     AsJson,
     Colour,
-    Context,
     Covariates,
     Data,
     Device,
@@ -18,6 +17,7 @@ from medgen.cli.shared import (
     Force,
     Label,
     Made,
+    Masks,
     Minutes,
     OnGap,
     OnTilt,
@@ -63,7 +63,7 @@ def train(
     minutes: Minutes = 20,
     set_: Set = [],  # noqa: B006
     covariates: Covariates = "",
-    context: Context = None,
+    masks: Masks = "none",
     licence: Annotated[str, typer.Option(help="Licence of the weights, for the model card.")] = "not stated",
     seed: Seed = 0,
     device: Device = "auto",
@@ -80,7 +80,7 @@ def train(
     options = reading(on_gap, on_tilt, xform, colour)
     choices = {
         "preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed,
-        "covariates": listed(covariates), "context": context,
+        "covariates": listed(covariates), "masks": masks,
     }  # fmt: skip
     with speaking(quiet):
         if dry_run:

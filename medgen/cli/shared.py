@@ -28,7 +28,13 @@ Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep wi
 Label = Annotated[str | None, typer.Option(help="Learn one class only.")]
 Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only.")]
 Covariates = Annotated[str, typer.Option(help="Columns of a CSV to condition on, such as age,sex.")]
-Context = Annotated[Literal["mask"] | None, typer.Option(help="Give the model each scan's mask, too.")]
+Masks = Annotated[
+    Literal["auto", "none", "given", "joint"],
+    typer.Option(
+        help="joint: learn scans with their masks, to draw pairs; given: draw scans for masks; auto: joint where "
+        "nearly all scans have one."
+    ),
+]
 Gap = Literal["error", "fill", "resample"]
 Tilt = Literal["error", "shear", "resample"]
 Form = Literal["error", "sform", "qform"]
@@ -49,6 +55,37 @@ def reading(on_gap: Gap = "error", on_tilt: Tilt = "error", xform: Form = "error
 def listed(words: str) -> list[str]:
     """The words of a list with commas."""
     return [word.strip() for word in words.split(",") if word.strip()]
+
+
+def pairs(words: str, option: str) -> dict[str, str]:
+    """The names and values of a list such as 'age=70,sex=F'.
+
+    Raises:
+        ConfigError: a part is not of the form NAME=VALUE, or a name comes twice.
+    """
+    from medgen.errors import ConfigError
+
+    found: dict[str, str] = {}
+    for part in listed(words):
+        name, given, value = (word.strip() for word in part.partition("="))
+        if not (name and given and value) or name in found:
+            raise ConfigError(f"{option}: expected NAME=VALUE,NAME=VALUE with each name once; found {part!r}.")
+        found[name] = value
+    return found
+
+
+def weights(words: str) -> dict[str, float]:
+    """The parts of a mix such as 'sample=2,classic=1'.
+
+    Raises:
+        ConfigError: a weight is no number.
+    """
+    from medgen.errors import ConfigError
+
+    try:
+        return {name: float(value) for name, value in pairs(words, "--mix").items()}
+    except ValueError as error:
+        raise ConfigError(f"--mix: weights are numbers, such as sample=2,classic=1; found {words!r}.") from error
 
 
 class _Bars:
@@ -130,7 +167,7 @@ def say(lines: list[str], result: dict[str, Any], as_json: bool) -> None:
 
 
 __all__ = [
-    "AsJson", "Colour", "Context", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Made",
-    "Minutes", "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "next_command", "reading",
-    "say", "speaking",
+    "AsJson", "Colour", "Covariates", "Data", "Device", "Domain", "DryRun", "Force", "Label", "Made", "Masks",
+    "Minutes", "OnGap", "OnTilt", "Out", "Preset", "Quiet", "Seed", "Set", "Xform", "listed", "next_command", "pairs",
+    "reading", "say", "speaking", "weights",
 ]  # fmt: skip

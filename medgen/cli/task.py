@@ -11,7 +11,6 @@ from medgen.cli.model import show_plan
 from medgen.cli.shared import (
     AsJson,
     Colour,
-    Context,
     Covariates,
     Data,
     Device,
@@ -20,6 +19,7 @@ from medgen.cli.shared import (
     Force,
     Label,
     Made,
+    Masks,
     Minutes,
     OnGap,
     OnTilt,
@@ -53,7 +53,7 @@ def augment(
     minutes: Minutes = 20,
     set_: Set = [],  # noqa: B006
     covariates: Covariates = "",
-    context: Context = None,
+    masks: Masks = "none",
     seed: Seed = 0,
     device: Device = "auto",
     on_gap: OnGap = "error",
@@ -69,7 +69,7 @@ def augment(
     options = reading(on_gap, on_tilt, xform, colour)
     choices = {
         "preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed,
-        "covariates": listed(covariates), "context": context,
+        "covariates": listed(covariates), "masks": masks,
     }  # fmt: skip
     with speaking(quiet):
         if dry_run:

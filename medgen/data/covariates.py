@@ -42,6 +42,15 @@ class Covariate(BaseModel):
         known = _number(value)
         return [0.0 if known is None else (known - self.mean) / self.sd]
 
+    def refusal(self, value: str) -> str:
+        """A sentence on why a person cannot give this value; '' where it is fine."""
+        if self.levels:
+            told = f"{self.name} is one of {', '.join(self.levels)}; found {value!r}."
+            return "" if value in self.levels else told
+        return (
+            "" if _number(value) is not None else f"{self.name} is a number, such as {self.mean:.4g}; found {value!r}."
+        )
+
 
 def covariates_of(manifest: Manifest, names: Sequence[str]) -> tuple[Covariate, ...]:
     """What the training scans' columns `names` hold: a number where every known cell is one, else words.

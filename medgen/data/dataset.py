@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from jaxtyping import Bool, Float, Int, Shaped
 from monai.data import CacheDataset, ImageReader, PersistentDataset
-from monai.transforms import Compose, Transform
+from monai.transforms import Compose
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
@@ -19,10 +19,9 @@ from medgen import io
 from medgen.data.covariates import Covariate
 from medgen.data.manifest import Manifest, Row
 from medgen.data.motion import Augment, augmented
+from medgen.data.prepare import Prepare, condition, given_view, mask_view, model_view, real_view
 from medgen.data.recipe import Place, Recipe, Slices, foreground_level
-from medgen.data.window import flat, prepared, what_was_cut
-from medgen.errors import DataError, MedgenError
-from medgen.grid import Grid
+from medgen.errors import DataError
 from medgen.io.source import ReadOptions, Skipped
 from medgen.log import note, track
 from medgen.scan import Scan
@@ -37,7 +36,8 @@ class Batch:
     """What a model sees.
 
     Args:
-        x: (b, c, *space), two axes of space for images, three for volumes.
+        x: (b, c, *space), two axes of space for images, three for volumes; where a model learns masks with the scans,
+            its last channels are label channels.
         cond: what is known of each scan: class indices (b,), or a table (b, numbers) of classes and
             covariates; None without.
         context: (b, k, *space) an image given with each scan, such as a mask; None without.
@@ -115,91 +115,6 @@ class ScanReader(ImageReader):
         }
 
 
-class Prepare(Transform):
-    """A manifest row to the dict that is cached: tensors, whole numbers and text only, or the reason why not.
-
-    Args:
-        recipe: how scans become tensors.
-        classes: labels in the order of their indices; empty for none.
-        covariates: what else of a row the model is told.
-        context: give the row's mask with the scan.
-        options: how strict reading is.
-    """
-
-    def __init__(
-        self,
-        recipe: Recipe,
-        classes: Sequence[str] = (),
-        covariates: Sequence[Covariate] = (),
-        context: bool = False,
-        options: ReadOptions = ReadOptions(),
-    ) -> None:
-        self.recipe, self.classes, self.covariates = recipe, tuple(classes), tuple(covariates)
-        self.context, self.options = context, options
-
-    def row(self, row: Row, manifest: Manifest) -> dict[str, str]:
-        """What of a manifest's row decides the prepared scan."""
-        told = {"case": row.case, "path": manifest.locate(row.path), "label": row.label}
-        told |= {f"covariate {one.name}": row.covariates.get(one.name, "") for one in self.covariates}
-        return told | ({"mask": row.mask and manifest.locate(row.mask)} if self.context else {})
-
-    def __call__(self, row: Mapping[str, str]) -> dict[str, Any]:
-        """{'case', 'path', 'x', 'cond', 'scale', 'warning'[, 'context', 'real']} or {'case', 'path', 'error'}."""
-        try:
-            source = flat(io.read(row["path"], self.options))
-            scan, real = prepared(source, self.recipe)
-            given = {"context": mask_view(row["mask"], scan.grid, self.options)} if self.context else {}
-        except MedgenError as error:
-            return {"case": row["case"], "path": row["path"], "error": str(error)}
-        if not real.all():
-            given["real"] = real_view(real)
-        cells = {one.name: row[f"covariate {one.name}"] for one in self.covariates}
-        if self.recipe.slices and scan.is_planar:
-            told = "The model sees slices of volumes; this is an image. Leave it out, or train on images."
-            return {"case": row["case"], "path": row["path"], "error": told}
-        return {
-            "case": row["case"],
-            "path": row["path"],
-            "x": model_view(scan).contiguous(),
-            "cond": condition(row["label"], cells, self.classes, self.covariates),
-            "scale": torch.tensor([scan.scale.slope, scan.scale.intercept], dtype=torch.float64),
-            "warning": what_was_cut(source, scan, self.recipe),
-            **given,
-        }
-
-
-def model_view(scan: Scan) -> Float[Tensor, "c *space"]:
-    """A copy of the voxels as a model sees them: an image loses its singleton axis."""
-    return torch.tensor(scan.voxels[..., 0] if scan.is_planar else scan.voxels)
-
-
-def real_view(real: Bool[np.ndarray, "i j k"]) -> Bool[Tensor, "*space"]:
-    """A mask as a model sees it."""
-    return torch.tensor(real[..., 0] if real.shape[2] == 1 else real)
-
-
-def mask_view(path: str, grid: Grid, options: ReadOptions = ReadOptions()) -> Float[Tensor, "1 *space"]:
-    """A mask of findings on a prepared scan's grid, 1 where there is any and 0 elsewhere; zeros without a `path`."""
-    if not path:
-        return model_view(Scan(np.zeros((1, *grid.shape), np.float32), grid))
-    found = flat(io.read(path, options))
-    drawn = np.any(found.voxels > 0, axis=0, keepdims=True).astype(np.float32)
-    return model_view(Scan(drawn, found.grid, is_label=True).onto(grid, outside=0))
-
-
-def condition(
-    label: str, cells: Mapping[str, str], classes: Sequence[str], covariates: Sequence[Covariate]
-) -> int | Float[Tensor, " numbers"]:
-    """What a model is told of a scan: its class's index, -1 where there are none; with covariates a row of numbers.
-
-    The row holds one 0 or 1 a class (all 0 for a label it does not know), then each covariate's numbers.
-    """
-    if not covariates:
-        return classes.index(label) if classes else -1
-    told = [float(label == name) for name in classes]
-    return torch.tensor(told + [number for one in covariates for number in one.numbers(cells.get(one.name, ""))])
-
-
 def _held(rows: list[dict[str, Any]], prepare: Prepare, folder: Path | None) -> Dataset[dict[str, Any]]:
     """Prepared scans by number, kept in memory or in a folder."""
     if folder is None:
@@ -219,6 +134,7 @@ class ScanDataset(Dataset):
         classes: labels in the order of their indices; empty for none.
         covariates: what else of a row the model is told.
         context: give each scan's mask with it, zeros where it has none.
+        labels: of the masks: what is given, or, without `context`, channels after each scan's own.
         options: how strict reading is.
         cache: a folder for prepared scans, reused while neither recipe, options nor file change.
     """
@@ -231,12 +147,13 @@ class ScanDataset(Dataset):
         classes: Sequence[str] = (),
         covariates: Sequence[Covariate] = (),
         context: bool = False,
+        labels: Sequence[int] = (),
         options: ReadOptions = ReadOptions(),
         cache: Path | None = None,
     ) -> None:
-        prepare = Prepare(recipe, classes, covariates, context, options)
+        prepare = Prepare(recipe, classes, covariates, context, labels, options)
         rows = [prepare.row(row, manifest) for row in manifest.rows]
-        decides = f"{recipe.model_dump_json()}{tuple(classes)}{tuple(covariates)}{context}{options}"
+        decides = f"{recipe.model_dump_json()}{tuple(classes)}{tuple(covariates)}{context}{tuple(labels)}{options}"
         key = hashlib.sha256(decides.encode()).hexdigest()[:16]
         held = _held(rows, prepare, cache and cache / key)
         self.skipped: list[Skipped] = []
@@ -377,6 +294,6 @@ def _all_real(x: Float[Tensor, "c *space"]) -> Bool[Tensor, "*space"]:
 
 
 __all__ = [
-    "Batch", "Draws", "Prepare", "Row", "ScanDataset", "ScanReader", "collate", "condition", "framed", "loader",
-    "mask_view", "model_view", "real_view", "shows_body",
+    "Batch", "Draws", "Prepare", "Row", "ScanDataset", "ScanReader", "collate", "condition", "framed", "given_view",
+    "loader", "mask_view", "model_view", "real_view", "shows_body",
 ]  # fmt: skip

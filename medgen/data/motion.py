@@ -120,8 +120,9 @@ Augment = Annotated[Flip | Affine | Noise | Gamma, Field(discriminator="do")]
 
 
 def augmented(item: Mapping[str, Any], augment: Compose) -> dict[str, Tensor]:
-    """The scan after all steps; what lies on its voxels moves with it and keeps its values."""
+    """The scan after all steps; what lies on its voxels moves with it and keeps its values, label channels among it."""
     x, channels = item["x"], len(item["x"])
+    images = channels - item.get("labels", 0)
     beside = {name: item[name].reshape(-1, *x.shape[1:]) for name in ("context", "real") if name in item}
     for step in augment.transforms:
         if isinstance(step, RandMove | RandFlip):
@@ -131,7 +132,9 @@ def augmented(item: Mapping[str, Any], augment: Compose) -> dict[str, Tensor]:
             x, *parts = moved.split([channels, *map(len, beside.values())])
             beside = {name: part > 0.5 for name, part in zip(beside, parts, strict=True)}
         else:
-            x = convert_to_tensor(step(x), dtype=torch.float32, track_meta=False)
+            # Noise and contrast are of images: a label's channel tells where a boundary is.
+            shown = convert_to_tensor(step(x[:images]), dtype=torch.float32, track_meta=False)
+            x = torch.cat([shown, x[images:]]) if images < channels else shown
     return {"x": x} | {name: values.reshape(item[name].shape).to(item[name]) for name, values in beside.items()}
 
 

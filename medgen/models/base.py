@@ -24,6 +24,8 @@ class ModelConfig(BaseModel):
         shape: voxels along each modelled axis: two for images, three for volumes.
         channels: values per voxel.
         classes: names of the classes to condition on; empty for an unconditional model.
+        labels: of masks, in ascending order: where the model is given an image (`context`), what each channel of it
+            marks; else the last channels of a scan are theirs, and the model draws scans and masks as pairs.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -32,6 +34,17 @@ class ModelConfig(BaseModel):
     shape: tuple[int, ...] = Field(min_length=2, max_length=3)
     channels: int = Field(default=1, ge=1)
     classes: tuple[str, ...] = ()
+    labels: tuple[int, ...] = ()
+
+    @property
+    def joint(self) -> bool:
+        """Whether it learns scans together with their masks."""
+        return bool(self.labels) and not getattr(self, "context", 0)
+
+    @property
+    def images(self) -> int:
+        """How many of its channels are a scan's own; the others are labels'."""
+        return self.channels - len(self.labels) if self.joint else self.channels
 
     @property
     def dims(self) -> int:
@@ -50,6 +63,10 @@ class ModelConfig(BaseModel):
     def _positive(self) -> "ModelConfig":
         if min(self.shape) < 1:
             raise ValueError(f"shape must be positive, not {self.shape}")
+        if list(self.labels) != sorted({label for label in self.labels if label > 0}):
+            raise ValueError(f"labels are positive whole numbers in ascending order, each once; found {self.labels}")
+        if self.images < 1:
+            raise ValueError(f"{self.channels} channels have no room for a scan beside {len(self.labels)} labels")
         return self
 
 

@@ -26,7 +26,7 @@ from medgen.tasks.calibration import mask_threshold, normals_needed, placed
 from medgen.tasks.cohort import Group, groups, unlike, write_groups
 from medgen.tasks.detector import Detector
 from medgen.tasks.findings import Finding, findings
-from medgen.tasks.intake import given_with, taken_in
+from medgen.tasks.intake import given_with, require_images, taken_in
 from medgen.tasks.norms import Norms
 from medgen.tasks.worklist import Scored, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
@@ -94,6 +94,7 @@ def score(
     """
     if not isinstance(bundle, Bundle):
         bundle = Bundle.load(bundle)
+    require_images(bundle, "score")
     detector = Detector.of(bundle)
     for model in bundle.models.values():
         model.to(device_for(device))

@@ -29,7 +29,7 @@ from medgen.report.pictures import contact_sheet
 from medgen.scan import Scale, Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.capabilities import families_that
-from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.conditions import Masks, conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.intake import require_training_scans, require_whole
 from medgen.tasks.learn import learn
 from medgen.tasks.plan import Choices, Plan, plan_training
@@ -78,7 +78,7 @@ def augment(
     minutes: float | None = 20,
     seed: int = 0,
     covariates: Sequence[str] = (),
-    context: Literal["mask"] | None = None,
+    masks: Masks = "none",
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     force: bool = False,
@@ -97,13 +97,13 @@ def augment(
         per_class: how many of each class instead.
         bundle: use this trained bundle instead of learning; `data` then serves the copy test.
         format: 'auto' writes what `data` is made of.
-        preset, label, domain, overrides, minutes, seed, covariates, context, device, options: as for `train`.
+        preset, label, domain, overrides, minutes, seed, covariates, masks, device, options: as for `train`.
         force: replace an existing output.
 
     Raises:
         DataError, ConfigError, CapabilityError, TrainingError, PrivacyError, OutputError.
     """
-    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), context)
+    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), masks)
     settings = {
         "data": str(Path(data).resolve()), "n": n, "per_class": per_class, "bundle": str(bundle), "format": format,
         **choices.settings(), "options": vars(options),
@@ -167,7 +167,7 @@ def _masks(bundle: Bundle, plan: Plan, chosen: str, options: ReadOptions) -> lis
     if chosen == "npz":
         raise ConfigError("Scans drawn for given masks need a place for the masks, which .npz has not. Use --format.")
     note("Scans are drawn for the training scans' masks in turn; masks/ will hold outlines of real findings.")
-    return masks_of(plan.manifest, bundle.recipe, options)
+    return masks_of(plan.manifest, bundle.recipe, options, bundle.model.config.labels)
 
 
 def _seen(bundle: Bundle, lattice: Grid | None) -> Grid:

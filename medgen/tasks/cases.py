@@ -110,8 +110,8 @@ def sorted_scans(
 
 
 def bundle_is_told_masks(bundle: Bundle) -> bool:
-    """Whether one of its models is given each scan's mask."""
-    return any(told_of(model.config)["context"] for model in bundle.models.values())
+    """Whether one of its models is given each scan's mask, or learned them."""
+    return any(told_of(model.config)["context"] or model.config.labels for model in bundle.models.values())
 
 
 def _only(rows: Manifest, wanted) -> Manifest:

@@ -31,7 +31,7 @@ from medgen.prob.priors import principal_components
 from medgen.report.scatter import scatter
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for
-from medgen.tasks.intake import Intake, require_whole, taken_in
+from medgen.tasks.intake import Intake, require_images, require_whole, taken_in
 from medgen.tasks.workspace import Workspace
 from medgen.training.device import device_for
 
@@ -107,7 +107,8 @@ class Coder:
         device: 'auto', 'cpu', 'cuda', 'mps'.
 
     Raises:
-        CapabilityError: the model lacks one of the abilities, sees slices, or is given an image with every scan.
+        CapabilityError: the model lacks one of the abilities, sees slices, draws pairs, or is given an image with every
+            scan.
     """
 
     def __init__(self, bundle: Bundle, needs: Sequence[Ability], what: str, device: str) -> None:
@@ -118,10 +119,11 @@ class Coder:
                     f"{bundle.name} cannot {what}: it does not {doing}. Models that do: {families_that(ability)}."
                 )
         require_whole(bundle.recipe, bundle.name, what)
+        require_images(bundle, what)
         if getattr(bundle.model.config, "context", 0):
             raise CapabilityError(
                 f"{bundle.name} cannot {what}: it is given an image with every scan, without which a code says "
-                "nothing. Train a model without --context."
+                "nothing. Train a preset that is given none, with --masks none."
             )
         self.device = device_for(device)
         self.bundle, self.model = bundle, bundle.model.to(self.device)

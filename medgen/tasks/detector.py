@@ -92,8 +92,8 @@ def usual_questions(model: Model, *, sliced: bool = False) -> Questions:
 
 
 def can_score(model: Model) -> bool:
-    """Whether a model says at all how unusual a scan is."""
-    return can(model, "marks", *_TWINS, *DENSITIES)
+    """Whether a model says at all how unusual a scan is; one that draws pairs takes no scan alone."""
+    return not model.config.joint and can(model, "marks", *_TWINS, *DENSITIES)
 
 
 @dataclass(frozen=True, eq=False)

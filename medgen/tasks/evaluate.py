@@ -21,7 +21,7 @@ from medgen.tasks.detection_table import write
 from medgen.tasks.detector import can_score
 from medgen.tasks.generation import Drawn, generation, require_drawing
 from medgen.tasks.generation import write as write_generation
-from medgen.tasks.intake import taken_in, training_scans
+from medgen.tasks.intake import require_images, taken_in, training_scans
 from medgen.tasks.quality import quality
 from medgen.tasks.workspace import Workspace
 from medgen.training.device import device_for
@@ -177,6 +177,7 @@ def _detection(place: str | Path, bundle: Bundle, split: str, asked: Asked, opti
     scored = "questions" in bundle.calibration or can_score(bundle.model)
     if not scored and asked.paint is None:
         return {}
+    require_images(bundle, "detect anomalies")
     method = detector_of(bundle, asked.rate)
     library = library_of(asked.paint)
     refuse_overlap(bundle, asked.kinds if asked.paint else (), library)

@@ -107,6 +107,10 @@ class _Side:
         batch = Batch(self.batch.x[which], None if self.batch.cond is None else self.batch.cond[which])
         return _Side(batch, tuple(self.patients[n] for n in which))
 
+    def shown(self, images: int) -> "_Side":
+        """The same without the channels of labels."""
+        return replace(self, batch=replace(self.batch, x=self.batch.x[:, :images]))
+
 
 def generation(
     bundle: Bundle, scans: Manifest, known: Manifest | None, asked: Drawn, options: ReadOptions
@@ -148,6 +152,10 @@ def generation(
         fitted = _fitted(name, bundle, train.batch)
         told = replace(real.batch, cond=class_indices(bundle.model.config, real.batch.cond), context=None)
         drawn[name] = _drawn(fitted, told, asked)
+    # Pairs are compared by their scans: features are of pictures.
+    images = bundle.model.config.images
+    drawn = {name: x[:, :images] for name, x in drawn.items()}
+    train, real = train.shown(images), real.shown(images)
     floor = train.rows(_alike(train, real, bundle.model, rng))
     for name, extract in _extractors(train.batch.x, asked).items():
         found["rows"] += _compared(name, extract, drawn, (real, floor), asked.seed)

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import mask_view, model_view, real_view
+from medgen.data.dataset import given_view, model_view, real_view
 from medgen.data.manifest import Manifest, Row, index
 from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared, real_voxels, what_was_cut
@@ -64,14 +64,15 @@ def given_with(
     """What the bundle's first model is given besides a scan: `cond` and `context` where it takes them, and `real`.
 
     Raises:
-        DataError: the scan's mask cannot be read.
+        DataError: the scan's mask cannot be read, or was drawn on another grid.
     """
     config = bundle.model.config
     told, given = told_of(config), dict[str, Tensor | None]()
     if told["covariates"]:
         given["cond"] = conditions_for(config, [row.label], [row.covariates])
     if told["context"]:
-        given["context"] = mask_view(row.mask and rows.locate(row.mask), taken.ready.grid, options)[None]
+        path, grids = row.mask and rows.locate(row.mask), (flat(taken.source).grid, taken.ready.grid)
+        given["context"] = given_view(path, *grids, told["labels"], options)[None]
     if not taken.real.all():
         given["real"] = real_view(taken.real)[None]
     return given
@@ -115,6 +116,19 @@ def require_whole(recipe: Recipe, name: str, what: str) -> None:
         )
 
 
+def require_images(bundle: Bundle, what: str) -> None:
+    """Refuse what a model that learned scans and masks as pairs cannot do with a scan; `what` as in 'cannot score'.
+
+    Raises:
+        CapabilityError: a model of the bundle draws pairs.
+    """
+    if any(model.config.joint for model in bundle.models.values()):
+        raise CapabilityError(
+            f"{bundle.name} cannot {what}: it learned scans together with their masks, so it draws pairs, and takes no "
+            f"scan alone. To {what}, train with --masks none."
+        )
+
+
 def _field_of_view(source: Grid, window: Grid) -> list[str]:
     """Refuse a scan that the model's window misses; warn when much of the window is empty.
 
@@ -130,4 +144,6 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
     return [f"only {inside:.0%} of the model's field of view lies inside the scan"] if inside < 0.8 else []
 
 
-__all__ = ["Intake", "given_with", "require_training_scans", "require_whole", "taken_in", "training_scans"]
+__all__ = [
+    "Intake", "given_with", "require_images", "require_training_scans", "require_whole", "taken_in", "training_scans",
+]  # fmt: skip

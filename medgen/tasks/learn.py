@@ -3,7 +3,7 @@
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ from medgen.report.pictures import contact_sheet
 from medgen.scan import Scan
 from medgen.scores.base import Healthy
 from medgen.seeds import derived_seed
-from medgen.tasks.conditions import conditions_for, drawn_cells, masks_of, told_of
+from medgen.tasks.conditions import Masks, conditions_for, drawn_cells, masks_of, told_of
 from medgen.tasks.detector import Detector, can_score, healthy_of, usual_questions
 from medgen.tasks.plan import Choices, Part, Plan, plan_training
 from medgen.tasks.quality import quality, temperature_of
@@ -48,7 +48,7 @@ def train(
     minutes: float | None = 20,
     seed: int = 0,
     covariates: Sequence[str] = (),
-    context: Literal["mask"] | None = None,
+    masks: Masks = "none",
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     licence: str = "not stated",
@@ -66,7 +66,8 @@ def train(
         minutes: training time to keep within on this machine; None: the preset's images.
         seed: decides splits, order, noise.
         covariates: columns of a CSV that the model is told, such as 'age' and 'sex'.
-        context: 'mask' gives the model each scan's mask, too; None for nothing.
+        masks: 'joint' learns scans together with their masks, to draw pairs; 'given' draws scans for masks; 'auto' is
+            'joint' where nearly all scans have a mask; 'none' leaves masks alone, but for presets that are given them.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         options: how strict reading is.
         licence: of the weights, for the model card.
@@ -78,7 +79,7 @@ def train(
     Raises:
         DataError, ConfigError, TrainingError, OutputError.
     """
-    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), context)
+    choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), masks)
     settings = {"data": str(Path(data).resolve()), **choices.settings(), "options": vars(options)}
     work = Workspace(out, settings, force=force)
     with io.opened(data) as place:
@@ -134,7 +135,7 @@ def learn(
     place.mkdir(parents=True, exist_ok=True)
     bundle.save(place)
     if can(bundle.model, "samples"):
-        masks = masks_of(plan.manifest, plan.recipe, options) if told["context"] else []
+        masks = masks_of(plan.manifest, plan.recipe, options, told["labels"]) if told["context"] else []
         preview(bundle, place / "preview.png", masks, seed=seed)
     return Bundle.load(place)
 
@@ -204,7 +205,8 @@ def preview(bundle: Bundle, path: Path, masks: Sequence[Tensor] = (), *, seed: i
     cells = [drawn_cells(told_of(config)["covariates"], derived_seed(seed, n)) for n in range(count)]
     given = {"context": torch.stack([masks[n % len(masks)] for n in range(count)])} if masks else {}
     cond = conditions_for(config, labels, cells)
-    values = cast(Samples, bundle.model).sample(count, seed=seed, cond=cond, **given).clamp(0, 1).numpy()
+    drawn = cast(Samples, bundle.model).sample(count, seed=seed, cond=cond, **given)
+    values = drawn[:, : config.images].clamp(0, 1).numpy()
     if bundle.recipe.slices:
         scans = [Scan(value[..., None], Grid((*value.shape[1:], 1), np.eye(4))) for value in values]
     else:
@@ -290,7 +292,7 @@ def _measured(
     """What held-out healthy scans score, as numbers and tensors; and how good the models are on them."""
     calibration, tensors, metrics = {}, {}, {}
     first = next(iter(models.values()))
-    if plan.questions or can_score(first):
+    if can_score(first) or (plan.questions and not first.config.joint):
         questions = plan.questions or usual_questions(first, sliced=bool(plan.recipe.slices))
         detector, members = Detector(models, questions, slices=plan.recipe.slices).chosen(healthy)
         people = {row.case: row.covariates for row in plan.manifest.rows}

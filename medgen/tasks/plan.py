@@ -1,10 +1,10 @@
 """What a training run will do, decided before it does it: which scans, which model, how they are prepared."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from math import lcm
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from medgen import io
 from medgen.config import Preset, load_preset, preset_for, typed
@@ -19,7 +19,7 @@ from medgen.models import family
 from medgen.models.base import Model, ModelConfig
 from medgen.scan import Scan
 from medgen.tasks.capabilities import takes
-from medgen.tasks.conditions import check_context, condition_fields
+from medgen.tasks.conditions import Masks, condition_fields, mask_fields
 from medgen.tasks.detector import Questions
 from medgen.training.fit import FitConfig
 
@@ -39,7 +39,8 @@ class Choices:
         minutes: training time to keep within on this machine; None: the preset's images.
         seed: decides splits, order, noise.
         covariates: columns of the manifest that the model is told, such as 'age' and 'sex'.
-        context: 'mask' gives the model each scan's mask; None for nothing.
+        masks: 'joint' learns scans together with their masks, 'given' draws scans for masks, 'auto' learns pairs where
+            nearly all scans have a mask; 'none' leaves masks alone. A preset that is given an image is given masks.
     """
 
     preset: str | Path | None = None
@@ -49,7 +50,7 @@ class Choices:
     minutes: float | None = 20
     seed: int = 0
     covariates: Sequence[str] = ()
-    context: Literal["mask"] | None = None
+    masks: Masks = "none"
 
     def settings(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -132,10 +133,12 @@ class Look:
     Args:
         manifest: the scans to learn from, with splits.
         found: their fingerprint.
+        options: how strict reading was.
     """
 
     manifest: Manifest
     found: Fingerprint
+    options: ReadOptions = field(default_factory=ReadOptions)
 
     @property
     def dims(self) -> int:
@@ -151,7 +154,7 @@ def look_at(data: str | Path, choices: Choices = Choices(), options: ReadOptions
     """
     manifest = _chosen(index(data, options, seed=choices.seed), choices.label, choices.domain)
     note(manifest.summary())
-    return Look(manifest, fingerprint(_readable(manifest.split("train"), options)))
+    return Look(manifest, fingerprint(_readable(manifest.split("train"), options)), options)
 
 
 def plan_training(data: str | Path, choices: Choices = Choices(), options: ReadOptions = ReadOptions()) -> Plan:
@@ -170,7 +173,7 @@ def planned(look: Look, choices: Choices = Choices()) -> Plan:
     Raises:
         ConfigError: the preset does not fit.
     """
-    found, manifest = look.found, look.manifest
+    found = look.found
     name, preset = _preset(choices, look.dims)
     dims, planes = preset.about.dims, _planes(preset, look)
     drafts = list(_drafts(name, preset, look, choices))
@@ -188,11 +191,10 @@ def planned(look: Look, choices: Choices = Choices()) -> Plan:
     total, parts = sum(draft.share for draft in drafts), []
     for draft in drafts:
         config = typed(draft.kind.Config, {"shape": recipe.seen, **draft.values}, draft.preset, "model")
-        check_context(config, manifest)
         settings = typed(FitConfig, draft.fit, draft.preset, "fit")
         parts.append(Part(draft.name, draft.preset, config, settings, draft.share / total))
     asked = Questions.of(preset.score, preset.map or preset.score) if preset.score or preset.map else None
-    return Plan(manifest, name, tuple(parts), recipe, asked, found, choices.minutes)
+    return Plan(look.manifest, name, tuple(parts), recipe, asked, found, choices.minutes)
 
 
 @dataclass(frozen=True, eq=False)
@@ -213,10 +215,13 @@ def _drafts(name: str, preset: Preset, look: Look, choices: Choices) -> Iterator
     if not preset.models:
         kind = family(str(preset.model.get("kind")))
         given |= {"classes": _classes(look.manifest)}
-        given |= condition_fields(kind.Config, look.manifest, choices.covariates, choices.context)
-        yield _Draft("model", name, kind, {**given, **preset.model}, preset.fit)
+        given |= condition_fields(kind.Config, look.manifest, choices.covariates)
+        values = {**given, **preset.model}
+        sliced = bool(_planes(preset, look))
+        told = mask_fields(kind, values, look.manifest, choices.masks, sliced=sliced, options=look.options)
+        yield _Draft("model", name, kind, values | told, preset.fit)
         return
-    if choices.covariates or choices.context:
+    if choices.covariates or choices.masks in ("given", "joint"):
         raise ConfigError(f"{name}: a detector of several models is told nothing besides the scan. Leave that out.")
     for part, told in preset.models.items():
         theirs = load_preset(preset_for(told.preset, preset.about.dims))

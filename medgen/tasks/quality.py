@@ -97,7 +97,9 @@ def _as_classifier(found: np.ndarray, true: np.ndarray, temperature: float | Non
 def _reconstructed(model: Model, batch: Batch) -> dict[str, Tensor]:
     told: dict[str, Any] = given(batch)
     twin = cast(Reconstructs, model).reconstruct(batch.x, batch.cond, **told).clamp(0, 1)
-    return {"psnr": psnr(twin, batch.x), "ssim": ssim_map(twin, batch.x).flatten(1).mean(1)}
+    # Of pairs the scans alone: a mask is no picture.
+    twin, x = (values[:, : model.config.images] for values in (twin, batch.x))
+    return {"psnr": psnr(twin, x), "ssim": ssim_map(twin, x).flatten(1).mean(1)}
 
 
 __all__ = ["chances", "quality", "temperature_of"]

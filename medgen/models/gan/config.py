@@ -110,7 +110,7 @@ class GANConfig(ConditionedConfig):
         if bool(self.context) != takes_image:
             raise ValueError(
                 f"architecture '{kind.kind}' {'makes scans of' if takes_image else 'takes no'} given images: unet and "
-                f"spade do, with a context of 1 or more (--context mask); found context {self.context}"
+                f"spade do, with a context of 1 or more (--masks given); found context {self.context}"
             )
         changed = self.diffaugment or self.consistency
         if not kind.whole and (self.start == "mixture" or changed or self.loss == "energy"):
