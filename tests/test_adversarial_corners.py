@@ -1,12 +1,18 @@
 """Corners of adversarial networks: codes beside scans, stages that begin at whole steps, changes of dark voxels."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 
-from medgen.data.dataset import Batch
+from medgen.data.dataset import Batch, ScanDataset
+from medgen.data.manifest import index
+from medgen.data.recipe import CropOrPad, Recipe, Window
+from medgen.errors import TrainingError
 from medgen.models.gan.config import GANConfig
 from medgen.models.gan.model import GAN
 from medgen.nets.diffaugment import Change
+from medgen.training.fit import FitConfig, fit
 
 SMALL = {"shape": (8, 8), "width": 8, "latent": 4, "start": "noise"}
 
@@ -45,3 +51,11 @@ def test_a_changed_contrast_keeps_background_and_its_slope():
 def test_what_does_not_go_together_is_refused(fields: dict):
     with pytest.raises(ValueError, match=r"inference: none|in parts"):
         GANConfig(**SMALL, **fields)
+
+
+def test_one_scan_a_step_at_a_single_position_is_refused_in_a_sentence(xrays):
+    recipe = Recipe(steps=(CropOrPad(shape=(8, 8, 1)), Window(low=0, high=255)))
+    scans = ScanDataset(replace(index(xrays), rows=index(xrays).rows[:3]), recipe)
+    model = GAN(GANConfig(**SMALL | {"condition": "none", "levels": 2}, architecture={"kind": "dcgan"}))
+    with pytest.raises(TrainingError, match=r"one scan a step.*fit\.batch_size=2"):
+        fit(model, scans, None, FitConfig(images=4, batch_size=1, precision="float32"))

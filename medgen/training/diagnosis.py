@@ -55,6 +55,16 @@ def diagnosed(
     return None
 
 
+def alone(refusal: Exception, player: Player) -> TrainingError | None:
+    """What to do where torch refuses to normalise over a batch that has one value of a feature; None of others."""
+    if "more than 1 value per channel" not in str(refusal):
+        return None
+    return TrainingError(
+        f"'{player.name}' normalises over the batch, which takes two values of each feature or more; found one scan a "
+        "step, and a level with one position. Pass --set fit.batch_size=2 or more, or fewer model.levels."
+    )
+
+
 # -- what the step is given ------------------------------------------------------------------------
 
 
@@ -177,4 +187,4 @@ def _tensors(value: object, depth: int = 5) -> Iterator[Tensor]:
         yield from _tensors(one, depth - 1)
 
 
-__all__ = ["COMPLAINTS", "diagnosed"]
+__all__ = ["COMPLAINTS", "alone", "diagnosed"]

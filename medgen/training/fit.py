@@ -17,7 +17,7 @@ from medgen.errors import TrainingError
 from medgen.log import note, progress
 from medgen.models.base import Loss, Model, Player
 from medgen.seeds import derived_seed
-from medgen.training.diagnosis import COMPLAINTS, diagnosed
+from medgen.training.diagnosis import COMPLAINTS, alone, diagnosed
 from medgen.training.doctor import ailing, findings
 from medgen.training.during import evaluated, interruption, seeded
 from medgen.training.ema import MovingAverage
@@ -234,7 +234,7 @@ class _Run:
             with self._noise():
                 return self.module(batch, player.name)
         except COMPLAINTS as refusal:
-            if error := self._diagnosed(batch, player):
+            if error := self._diagnosed(batch, player) or alone(refusal, player):
                 raise error from refusal
             raise
 
