@@ -2,25 +2,34 @@
 
 import csv
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from scipy.ndimage import binary_dilation
 
 from medgen import io
+from medgen.bundle import Bundle, Contract
 from medgen.data.classic import Classical, classical_batch
+from medgen.data.dataset import ScanDataset
+from medgen.data.lesions import Lesion
 from medgen.data.manifest import index
 from medgen.data.painting import indices
 from medgen.data.phantoms import Lesion as Planted
 from medgen.data.phantoms import chest_xray, ct_block, head
 from medgen.data.recipe import CropOrPad, Orient, Percentiles, Recipe, Window
-from medgen.errors import ConfigError, DataError, LeakageError
+from medgen.errors import CapabilityError, ConfigError, DataError, LeakageError
 from medgen.grid import Grid
 from medgen.log import reporting
+from medgen.models import build, config_of
 from medgen.scan import Scan
 from medgen.tasks.ways.base import Made, Material
 from medgen.tasks.ways.classic import ClassicWay
+from medgen.tasks.ways.edit import EditWay
+from medgen.tasks.ways.interpolate import InterpolateWay
+from medgen.tasks.ways.lesion import LesionWay
 from medgen.tasks.ways.sources import patient_name, source_name
 
 SHAPE = (18, 22, 18)
@@ -281,14 +290,213 @@ def test_a_scan_that_cannot_be_read_is_named_once_and_left_out(chests, tmp_path)
 
 
 def moved_to(material: Material, root: Path):
-    from dataclasses import replace
-
     return replace(material.manifest, root=root)
 
 
 def test_nobody_held_out_is_a_source(chests):
-    from dataclasses import replace
-
     rows = tuple(replace(row, split="test") for row in chests.manifest.rows)
     with pytest.raises(LeakageError, match="training scans alone"):
         ClassicWay(Material(replace(chests.manifest, rows=rows), CHESTS))
+
+
+# -- models ----------------------------------------------------------------------------------------------
+
+
+def with_model(material: Material, kind: dict, **changes) -> Material:
+    """The material with a small model, fitted where that has a closed form, of random weights else."""
+    seen = [io.read(material.manifest.locate(row.path)) for row in material.manifest.rows]
+    ready = material.recipe(seen[0])
+    joint = len(kind.get("labels", ()))
+    told = {"shape": material.recipe.seen, "channels": seen[0].channels + joint} | kind
+    torch.manual_seed(0)
+    model = build(config_of(told))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    if not model.players():
+        rows = tuple(row for row in material.manifest.rows if row.mask or not joint)
+        data = ScanDataset(
+            replace(material.manifest, rows=rows), material.recipe, classes=model.config.classes,
+            labels=model.config.labels,
+        )  # fmt: skip
+        model.finalise(data.batches(4))
+    contract = Contract(
+        spacing=seen[0].grid.spacing, low=0, high=4095, integers=True, planar=seen[0].is_planar,
+        channels=seen[0].channels, grid=ready.grid.to_dict(), slope=ready.scale.slope, intercept=ready.scale.intercept,
+    )  # fmt: skip
+    return replace(material, bundle=Bundle({"model": model.eval()}, material.recipe, contract), **changes)
+
+
+MIXTURE = {"kind": "mixture", "rank": 4, "mixtures": 1, "lead": 4}
+VAE = {"kind": "vae", "latent": 4, "width": 4, "levels": 1}
+AGE_SEX = [{"name": "age", "mean": 57.5, "sd": 13.0}, {"name": "sex", "levels": ["F", "M"]}]
+
+
+# -- lesions ---------------------------------------------------------------------------------------------
+
+
+def test_a_lesion_is_put_in_with_its_exact_mask(heads):
+    way = LesionWay(heads, "insert")
+    assert way.labels == ("well",)
+    found = keeps_its_promises(way, LesionWay(heads, "insert"), heads, "well")
+    for one in found:
+        before, after = original(one, heads).voxels, one.scan.voxels
+        # The label that lesions have in these data.
+        assert np.array_equal(one.mask.voxels, 2 * (before != after))
+        facts = one.parameters
+        assert facts["voxels"] == (before != after).sum() > 0
+        lesion = Lesion(facts["kind"], facts["size"], facts["contrast"], facts["seed"])
+        again, _, _ = lesion.painted(original(one, heads))
+        assert np.array_equal(again.voxels, after)
+    assert len({one.parameters["kind"] for one in way.make("well", 0, 12)}) > 3
+
+
+def test_lesions_in_images(chests):
+    found = keeps_its_promises(LesionWay(chests), LesionWay(chests), chests, "")
+    for one in found:
+        assert np.array_equal(one.mask.voxels > 0, original(one, chests).voxels != one.scan.voxels)
+        assert set(np.unique(one.mask.voxels)) == {0, 1}
+
+
+def test_lesions_may_have_the_shape_of_training_scans_own(heads):
+    found = LesionWay(heads, "insert", library="own").make("well", 0, 3)
+    shapes = {source_name(row): row for row in heads.manifest.where(label="ill").rows}
+    for one in found:
+        place, shape = one.sources
+        drawn = io.read(heads.manifest.locate(shapes[shape].mask)).voxels > 0
+        assert not (one.mask.voxels[0] > 0)[~drawn[0]].any()
+        assert one.parameters["drawn_mask"]
+        assert place not in shapes
+
+
+@pytest.mark.parametrize("kind", [MIXTURE, VAE, MIXTURE | {"labels": (2,)}])
+def test_a_lesion_is_taken_out_and_nothing_else_changes(heads, kind):
+    material = with_model(heads, kind)
+    way = LesionWay(material, "remove", healthy_label="well")
+    assert way.labels == ("well",)
+    found = keeps_its_promises(way, LesionWay(material, "remove", healthy_label="well"), material, "well")
+    for one in found:
+        row = next(row for row in heads.manifest.rows if source_name(row) == one.sources[0])
+        before, marked = io.read(heads.manifest.locate(row.path)), io.read(heads.manifest.locate(row.mask)).voxels > 0
+        changed = before.voxels != one.scan.voxels
+        near = binary_dilation(marked[0], np.ones((3, 3, 3)))[None]
+        assert not changed[~near].any()
+        assert changed[marked].mean() > 0.8
+        assert not one.mask.voxels.any()
+        assert one.parameters["filled_by"] == ("inpaints" if kind["kind"] == "mixture" else "restores")
+
+
+def test_each_scan_gets_or_loses_a_lesion(heads):
+    assert LesionWay(heads).labels == ("well",)
+    material = with_model(heads, MIXTURE)
+    way = LesionWay(material, ill_label="ill", healthy_label="well")
+    assert way.labels == ("ill", "well")
+    assert {one.parameters["direction"] for one in way.make("ill", 0, 3)} == {"insert"}
+    assert {one.parameters["direction"] for one in way.make("well", 0, 3)} == {"remove"}
+
+
+def test_lesions_are_refused_in_a_sentence(heads, chests):
+    with pytest.raises(ConfigError, match="give a bundle"):
+        LesionWay(heads, "remove")
+    with pytest.raises(CapabilityError, match=r"neither inpaints nor restores.*vae"):
+        LesionWay(with_model(heads, {"kind": "gan", "width": 4}), "remove")
+    with pytest.raises(DataError, match="No training scan suits"):
+        LesionWay(replace(heads, manifest=heads.manifest.where(label="ill")), "insert")
+    with pytest.raises(ConfigError, match="Kinds"):
+        LesionWay(heads, kinds=())
+    with pytest.raises(DataError, match=r"no scan|No training scan"):
+        LesionWay(with_model(chests, MIXTURE), "remove")
+
+
+# -- between two patients --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [MIXTURE, MIXTURE | {"labels": (2,)}])
+def test_scans_between_two_patients(heads, kind):
+    material = with_model(heads, kind)
+    found = InterpolateWay(material).make("ill", 0, 5)
+    assert all(same(a, b) for a, b in zip(found[2:], InterpolateWay(material).make("ill", 2, 3), strict=True))
+    patients = {source_name(row): patient_name(row) for row in heads.manifest.rows}
+    for one in found:
+        a, b = one.sources
+        assert patients[a] == one.patient != patients[b]
+        assert 0.25 <= one.parameters["t"] <= 0.75
+        assert one.scan.grid == original(one, heads).grid
+        assert one.scan.voxels.dtype == np.uint16
+        ages = [float(row.covariates["age"]) for row in heads.manifest.rows if source_name(row) in one.sources]
+        assert min(ages) < float(one.covariates["age"]) < max(ages)
+        assert "Doe" not in json.dumps([one.sources, one.patient, dict(one.parameters), dict(one.covariates)])
+        assert (one.mask is not None) == ("labels" in kind)
+        if one.mask is not None:
+            assert one.mask.grid == one.scan.grid
+            assert set(np.unique(one.mask.voxels)) <= {0, 2}
+
+
+def test_the_ends_of_the_way_are_what_the_model_makes_of_the_two_scans(heads):
+    material = with_model(heads, MIXTURE)
+    one = InterpolateWay(material, low=0.0, high=0.0).make("ill", 0, 1)[0]
+    coded = material.bundle.model.reconstruct(torch.tensor(HEADS(original(one, heads)).voxels)[None])
+    assert torch.allclose(one.x, coded[0].clamp(0, 1), atol=1e-5)
+
+
+def test_interpolation_takes_two_patients(heads):
+    material = with_model(heads, MIXTURE)
+    few = replace(material.manifest, rows=material.manifest.rows[:1] + material.manifest.where(label="ill").rows)
+    with pytest.raises(DataError, match="two patients"):
+        InterpolateWay(replace(material, manifest=few)).make("well", 0, 1)
+    with pytest.raises(DataError, match="two patients"):
+        InterpolateWay(replace(material, manifest=replace(few, rows=few.rows[:1])))
+    with pytest.raises(CapabilityError, match=r"does not encode.*vae"):
+        InterpolateWay(with_model(heads, {"kind": "gan", "width": 4}))
+    with pytest.raises(ConfigError, match="give a bundle"):
+        InterpolateWay(heads)
+
+
+# -- one thing changed -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def told(heads) -> Material:
+    """With a flow that was told of age and sex."""
+    kind = {"kind": "flow", "width": 4, "levels": 1, "steps": 2, "covariates": AGE_SEX, "classes": ("ill", "well")}
+    return with_model(heads, kind)
+
+
+def test_one_thing_about_a_scan_is_changed(told):
+    way, again = (EditWay(told, {"age": "70:80", "sex": "F|M"}) for _ in range(2))
+    found = keeps_its_promises(way, again, told, "well")
+    rows = {source_name(row): row for row in told.manifest.rows}
+    for one in found:
+        row = rows[one.sources[0]]
+        assert 70 <= float(one.covariates["age"]) <= 80
+        assert one.covariates["sex"] == {"F": "M", "M": "F"}[row.covariates["sex"]]
+        assert one.parameters["varied"]["age"] == {"from": row.covariates["age"], "to": one.covariates["age"]}
+
+
+def test_a_flow_that_changes_nothing_gives_the_scan_back(told):
+    one = next(
+        one for one in EditWay(told, {"age": "40"}).make("well", 0, 3)
+        if one.parameters["varied"]["age"]["from"] == "40"
+    )  # fmt: skip
+    prepared = torch.tensor(HEADS(original(one, told)).voxels)
+    assert (one.x - prepared).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(
+    ("vary", "says"),
+    [
+        ({"weight": "60:80"}, "not told of the covariate 'weight'.*age, sex"),
+        ({"age": "80:40"}, "range"),
+        ({"age": "old"}, "age is a number"),
+        ({"sex": "X"}, "one of F, M"),
+        ({}, "what is to change"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(told, vary, says):
+    with pytest.raises(ConfigError, match=says):
+        EditWay(told, vary)
+
+
+def test_a_model_that_was_told_nothing_edits_nothing(heads):
+    with pytest.raises(ConfigError, match="told none"):
+        EditWay(with_model(heads, MIXTURE), {"age": "40:80"})

@@ -13,8 +13,8 @@ from torch import Tensor
 from medgen import io
 from medgen.bundle import Bundle
 from medgen.scan import Scale, Scan
-from medgen.tasks.augment import synthetic_scan
 from medgen.tasks.intake import Intake
+from medgen.tasks.ways.sample import synthetic_scan
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,8 +19,8 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.manifest import Row, index
-from medgen.errors import CapabilityError, ConfigError, DataError, MedgenError, PrivacyError
+from medgen.data.manifest import index
+from medgen.errors import CapabilityError, ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.models.abilities import Samples
@@ -34,6 +34,7 @@ from medgen.tasks.codes import Code, Coder
 from medgen.tasks.conditions import conditions_for, drawn_cells, told_of
 from medgen.tasks.derived import DerivedWriter, Like
 from medgen.tasks.intake import taken_in
+from medgen.tasks.ways.sources import refuse_burned_in
 from medgen.tasks.workspace import Workspace
 
 Way = Literal["auto", "linear", "spherical"]
@@ -118,7 +119,7 @@ def interpolate(
     with work.writing():
         for n, t in enumerate(track(np.linspace(0, 1, steps).tolist(), "Interpolating", steps)):
             code = Code(between(a.code.z, b.code.z, t, chosen), conditions_between(coder, a.code, b.code, t))
-            scale = _mixed(a.like.scan.ready.scale, b.like.scan.ready.scale, t)
+            scale = mixed(a.like.scan.ready.scale, b.like.scan.ready.scale, t)
             writer.write(f"STEP-{n + 1:02d}", coder.decode(code), scale, {"t": round(t, 4)})
         shown = [a.like.scan.source, *writer.scans, b.like.scan.source]
         title = f"DERIVED from the scans at both ends: between them what {bundle.name} makes of codes between theirs"
@@ -317,7 +318,7 @@ def _ends(coder: Coder, scans: str | Path, options: ReadOptions, *, single: bool
         for row in track(manifest.rows, "Encoding"):
             path = manifest.locate(row.path)
             try:
-                _refuse_burned_in(row, path)
+                refuse_burned_in(row, path)
                 scan = taken_in(coder.bundle, path, options)
             except MedgenError as error:
                 if len(manifest) == 1:
@@ -330,26 +331,7 @@ def _ends(coder: Coder, scans: str | Path, options: ReadOptions, *, single: bool
     return found
 
 
-def _refuse_burned_in(row: Row, path: str) -> None:
-    """Refuse a scan with text in its pixels, which a network may hand on.
-
-    Raises:
-        PrivacyError: it has.
-    """
-    if row.kind != "dicom":
-        return
-    from medgen.io.dicom.origin import read_origin
-
-    for part in path.split(";"):
-        for source in io.find(part).sources:
-            if read_origin(source.files).burned_in == "YES":
-                raise PrivacyError(
-                    f"{row.case} has text burned into its pixels, which may name the patient, and which the model may "
-                    "hand on. Cover it first."
-                )
-
-
-def _mixed(a: Scale, b: Scale, t: float) -> Scale:
+def mixed(a: Scale, b: Scale, t: float) -> Scale:
     """What model values mean between two scans."""
     return Scale((1 - t) * a.slope + t * b.slope, (1 - t) * a.intercept + t * b.intercept, a.unit)
 
@@ -359,4 +341,4 @@ def _across(count: int, scan: Scan) -> int:
     return count if scan.is_planar else 3 * count
 
 
-__all__ = ["Walked", "Way", "between", "conditions_between", "interpolate", "traverse"]
+__all__ = ["Walked", "Way", "between", "conditions_between", "interpolate", "mixed", "traverse"]

@@ -12,10 +12,12 @@ from torch import Tensor
 
 from medgen import io
 from medgen.data.dataset import model_view
+from medgen.data.labels import read_labels
 from medgen.data.manifest import Manifest, Row
 from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared
-from medgen.errors import BundleError, DataError, LeakageError, PrivacyError
+from medgen.errors import BundleError, DataError, GeometryError, LeakageError, PrivacyError
+from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note
 from medgen.scan import Scan
@@ -27,7 +29,8 @@ U = TypeVar("U")
 
 # Voxels of the scans that are held at a time; one scan is held however large it is.
 _HELD = 2**24
-_HARMLESS = ("age", "sex")
+# Older ages can tell who somebody is.
+_OLDEST, _SEXES = 89, ("f", "m", "o", "u", "female", "male", "other", "unknown")
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,13 +63,28 @@ def patient_name(row: Row) -> str:
 
 
 def covariates_kept(row: Row, material: Material) -> dict[str, str]:
-    """What may be said of a scan made of this one: age, sex, and what a model was told or a person has fixed.
+    """What may be said of a scan made of this one: age, sex, and what a model was told.
 
     Other columns of the data may name a person, and stay behind.
     """
     told = getattr(material.bundle.model.config, "covariates", ()) if material.bundle else ()
-    known = {*_HARMLESS, *material.tell, *(one.name for one in told)}
-    return {name: cell for name, cell in row.covariates.items() if name in known or name.lower() in known}
+    known = {one.name: one for one in told}
+    kept = {}
+    for name, cell in row.covariates.items():
+        one = known.get(name)
+        if one is not None and one.words:
+            # Of a text the words that many patients share, and no other.
+            kept[name] = " ".join(word for word, there in zip(one.words, one.numbers(cell), strict=True) if there)
+        elif (one is not None and not one.refusal(cell)) or _harmless(name.lower(), cell.strip().lower()):
+            kept[name] = cell
+    return kept
+
+
+def _harmless(name: str, cell: str) -> bool:
+    """Whether this is somebody's age or sex, and nothing else."""
+    if name == "age":
+        return cell.replace(".", "", 1).isdigit() and float(cell) <= _OLDEST
+    return name == "sex" and cell in _SEXES
 
 
 def _digest(*parts: str) -> str:
@@ -175,37 +193,40 @@ def by_class(manifest: Manifest) -> dict[str, Sequence[Row]]:
 
 
 def read_source(row: Row, manifest: Manifest, options: ReadOptions) -> Source:
-    """A scan and its mask, which is brought onto its grid, and named, where it is on another.
+    """A scan and its mask.
 
     Raises:
-        DataError: it cannot be read, has text burned in, or its mask lies elsewhere.
+        DataError: it cannot be read, has text burned in, or its mask was drawn on another grid.
     """
     path = manifest.locate(row.path)
     refuse_burned_in(row, path)
     scan = io.read(path, options)
-    return Source(row, scan, read_mask(row, scan, manifest, options))
+    return Source(row, scan, read_mask(row, scan.grid, manifest, options))
 
 
-def read_mask(row: Row, scan: Scan, manifest: Manifest, options: ReadOptions) -> Scan | None:
+def read_mask(row: Row, grid: Grid, manifest: Manifest, options: ReadOptions) -> Scan | None:
     """A scan's label map on its grid; None where it has none.
 
     Raises:
-        DataError: it cannot be read, or lies elsewhere.
+        GeometryError: it was drawn on another grid.
+        DataError: it cannot be read, or is no label map.
     """
     if not row.mask:
         return None
-    found = io.read(manifest.locate(row.mask), options)
-    mask = replace(found.with_header(padding=None), is_label=True, valid=None)
-    if found.grid.close(scan.grid, millimetres=0.01):
-        return replace(mask, grid=scan.grid)
-    note(f"The mask of {row.case} is on another grid than the scan, and was brought onto it.")
-    moved = mask.onto(scan.grid, outside=0)
-    if mask.voxels.any() and not moved.voxels.any():
-        raise DataError(
-            f"The mask of {row.case}, {mask.grid.shape} voxels, lies outside the scan, {scan.grid.shape} voxels. "
-            "Give the mask of this scan."
+    drawn = read_labels(manifest.locate(row.mask), options)
+    work = flat_grid(grid)
+    if not drawn.grid.close(work, millimetres=1e-3 * max(1.0, *grid.spacing)):
+        raise GeometryError(
+            f"A mask lies on its scan's grid; found a mask of {drawn.grid.shape} voxels for a scan of {grid.shape}, or "
+            "one in another place. Resample the mask onto the scan (nearest neighbour), or take the mask away."
         )
-    return moved
+    kind = np.uint8 if drawn.voxels.max() < 256 else np.int16
+    return replace(drawn, voxels=drawn.voxels.astype(kind), grid=work).onto(grid, outside=0)
+
+
+def flat_grid(grid: Grid) -> Grid:
+    """A scan's grid as `medgen.data.window.flat` has it."""
+    return flat(Scan(np.broadcast_to(np.uint8(0), (1, *grid.shape)), grid)).grid
 
 
 def refuse_burned_in(row: Row, path: str) -> None:
@@ -241,6 +262,7 @@ __all__ = [
     "Sources",
     "by_class",
     "covariates_kept",
+    "flat_grid",
     "patient_name",
     "read_mask",
     "read_source",
