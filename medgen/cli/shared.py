@@ -26,7 +26,7 @@ Preset = Annotated[str | None, typer.Option(help="Preset name or YAML file; see 
 Set = Annotated[list[str], typer.Option("--set", help="Change a value of the preset, such as fit.images=5000.")]
 Minutes = Annotated[float, typer.Option(min=0.01, help="Training time to keep within on this machine.")]
 Label = Annotated[str | None, typer.Option(help="Learn one class only.")]
-Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only.")]
+Domain = Annotated[str | None, typer.Option(help="Learn one modality or site only; T1w+T2w: as channels.")]
 Covariates = Annotated[str, typer.Option(help="Columns of a CSV to condition on, such as age,sex.")]
 Masks = Annotated[
     Literal["auto", "none", "given", "joint"],

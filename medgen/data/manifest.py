@@ -5,8 +5,9 @@ The saved CSV is the record. A patient in it never moves; new patients are added
 
 import csv
 import json
+import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from hashlib import sha256
 from os.path import relpath
@@ -123,6 +124,50 @@ class Manifest:
         wanted = {"label": label, "split": split, "domain": domain}
         rows = (row for row in self.rows if all(v is None or getattr(row, k) == v for k, v in wanted.items()))
         return replace(self, rows=tuple(rows))
+
+    def of_domain(self, name: str) -> "Manifest":
+        """The rows of a domain; where none is called 'T1w+T2w', those that two domains of these names join to.
+
+        Raises:
+            DataError: there is no such domain, or no patient has a scan of each.
+        """
+        if name in self.domains:
+            return self.where(domain=name)
+        parts = name.split("+")
+        if len(parts) == 1 or not set(parts) <= set(self.domains):
+            names = ", ".join(self.domains) or "none"
+            raise DataError(f"There is no domain {name!r}. Domains: {names}; 'A+B' joins two of them as channels.")
+        return self.joined(parts)
+
+    def joined(self, names: Sequence[str]) -> "Manifest":
+        """A row for each patient and session, whose channels are one scan of each of these domains, in their order.
+
+        The mask is that of the first channel that has one. Who lacks a domain is left out and named, and so are all but
+        the first scan of a domain.
+
+        Raises:
+            DataError: a domain is named twice, or no patient has a scan of each.
+        """
+        if len(set(names)) < len(names):
+            raise DataError(f"Each domain makes one channel; {'+'.join(names)} names one twice.")
+        visits: dict[str, dict[str, list[Row]]] = defaultdict(lambda: defaultdict(list))
+        for row in sorted(self.rows, key=lambda row: row.path):
+            if row.domain in names:
+                visits[_visit(row)][row.domain].append(row)
+        rows, skipped = [], []
+        for visit, found in sorted(visits.items()):
+            if lacking := [name for name in names if name not in found]:
+                skipped.append(Skipped(visit, f"no {' and no '.join(lacking)} to join"))
+                continue
+            rows.append(_as_channels(visit, [found[name][0] for name in names]))
+            more = [row for name in names for row in found[name][1:]]
+            skipped += [Skipped(row.case, f"one {row.domain} of this session is joined already") for row in more]
+        if not rows:
+            raise DataError(
+                f"No patient has a scan of each of {', '.join(names)}. Scans of one patient are known by sub-NAME in "
+                "their names, by a folder a patient, or by a column 'patient' in a CSV."
+            )
+        return replace(self, rows=tuple(rows), skipped=(*self.skipped, *skipped))
 
     def locate(self, path: str) -> str:
         """The full path of a row's `path` or `mask`, as `medgen.io.read` takes it."""
@@ -252,6 +297,27 @@ def _one_part(drafts: Iterable[Draft], what_to_do: str) -> None:
             raise LeakageError(
                 f"{other.case} ({other.split}) and {one.case} ({one.split}) are of one patient, {what_to_do}"
             )
+
+
+def _visit(row: Row) -> str:
+    """Whose scan it is, and of which session where that is told."""
+    session = re.search(r"(?:^|[/_\\])(ses-[A-Za-z0-9]+)(?:[/_\\]|$)", row.path)
+    told = session[1] if session else row.covariates.get("session", "")
+    return f"{row.patient}_{told}" if told else row.patient
+
+
+def _as_channels(visit: str, channels: Sequence[Row]) -> Row:
+    first = channels[0]
+    covariates = {name: cell for row in reversed(channels) for name, cell in row.covariates.items()}
+    return replace(
+        first,
+        case=visit,
+        path=";".join(row.path for row in channels),
+        label=next((row.label for row in channels if row.label), ""),
+        mask=next((row.mask for row in channels if row.mask), ""),
+        domain="+".join(row.domain for row in channels),
+        covariates=covariates,
+    )
 
 
 # -- splits ----------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from jaxtyping import Bool, Float
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.manifest import Manifest, Row, index
+from medgen.data.manifest import Manifest, Row
 from medgen.data.window import flat
 from medgen.errors import DataError, MedgenError, OutputError
 from medgen.io.source import ReadOptions
@@ -26,7 +26,7 @@ from medgen.tasks.calibration import mask_threshold, normals_needed, placed
 from medgen.tasks.cohort import Group, groups, unlike, write_groups
 from medgen.tasks.detector import Detector
 from medgen.tasks.findings import Finding, findings
-from medgen.tasks.intake import given_with, require_images, taken_in
+from medgen.tasks.intake import given_with, require_images, scans_for, taken_in
 from medgen.tasks.norms import Norms
 from medgen.tasks.worklist import Scored, own_name, suspicious_first, write_pictures, write_scores
 from medgen.tasks.workspace import Workspace
@@ -106,7 +106,7 @@ def score(
     work = Workspace(out, settings, force=force)
     run = _Run(bundle, detector, Norms.of(bundle.calibration), work.folder, rate, maps, options)
     with io.opened(scans) as place:
-        manifest = index(place, options)
+        manifest = scans_for(bundle, place, options)
         work.record()
         for row in track(manifest.rows, "Scoring"):
             if row.case not in work.done:

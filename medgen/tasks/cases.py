@@ -11,14 +11,14 @@ import numpy as np
 from medgen.bundle import Bundle
 from medgen.data.dataset import mask_view, real_view
 from medgen.data.lesions import KINDS_B, SIZES, Contrast, Kind, Lesion, Mask, Size, drawn_mask, mask_library
-from medgen.data.manifest import Manifest, Row, index
+from medgen.data.manifest import Manifest, Row
 from medgen.errors import DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
 from medgen.seeds import derived_seed
 from medgen.tasks.conditions import told_of
 from medgen.tasks.detection import Case
-from medgen.tasks.intake import given_with, taken_in, training_scans
+from medgen.tasks.intake import given_with, scans_for, taken_in, training_scans
 
 OWN = "own"
 # Healthy scans that lesions of a kind are painted into, at most: images, volumes.
@@ -70,7 +70,7 @@ def sorted_scans(
     """
     known = training_scans(bundle, data, options)
     told = bundle.training
-    rows = index(data, options, seed=int(told.get("seed", 0)))
+    rows = scans_for(bundle, data, options, seed=int(told.get("seed", 0)))
     labels = set(healthy or told.get("labels", ("",)))
     # Masks of organs are no findings: a model that learned from scans with masks learned what they show.
     learned = known.split("train") if known else None

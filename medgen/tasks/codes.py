@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.manifest import Manifest, Row, index
+from medgen.data.manifest import Manifest, Row
 from medgen.errors import CapabilityError, DataError, MedgenError, OutputError
 from medgen.io.source import ReadOptions
 from medgen.log import note, track
@@ -31,7 +31,7 @@ from medgen.prob.priors import principal_components
 from medgen.report.scatter import scatter
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.conditions import conditions_for
-from medgen.tasks.intake import Intake, require_images, require_whole, taken_in
+from medgen.tasks.intake import Intake, require_images, require_whole, scans_for, taken_in
 from medgen.tasks.workspace import Workspace
 from medgen.training.device import device_for
 
@@ -199,7 +199,7 @@ def embed(
     settings = {"scans": str(Path(scans).resolve()), "weights": bundle.weights_sha256, "options": vars(options)}
     work = Workspace(out, settings, force=force)
     with io.opened(scans) as place:
-        manifest = index(place, options)
+        manifest = scans_for(bundle, place, options)
         work.record()
         (work.folder / "parts").mkdir(exist_ok=True)
         for row in track(manifest.rows, "Embedding"):

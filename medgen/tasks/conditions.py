@@ -158,12 +158,18 @@ def checked_cells(covariates: Sequence[Covariate], given: Mapping[str, str]) -> 
 
 
 def drawn_cells(covariates: Sequence[Covariate], seed: int) -> dict[str, str]:
-    """Covariates of somebody who does not exist: numbers about the training scans' mean, words alike often."""
+    """Covariates of somebody who does not exist: numbers about the training scans' mean, levels alike often.
+
+    Of a text every word by itself, as often as the training scans have it.
+    """
     rng = np.random.default_rng(seed)
-    return {
-        one.name: str(rng.choice(one.levels)) if one.levels else f"{rng.normal(one.mean, one.sd):.4g}"
-        for one in covariates
-    }
+    return {one.name: _drawn_cell(one, rng) for one in covariates}
+
+
+def _drawn_cell(one: Covariate, rng: np.random.Generator) -> str:
+    if one.words:
+        return " ".join(word for word, share in zip(one.words, one.shares, strict=True) if rng.random() < share)
+    return str(rng.choice(one.levels)) if one.levels else f"{rng.normal(one.mean, one.sd):.4g}"
 
 
 def conditions_for(config: ModelConfig, labels: Sequence[str], cells: Sequence[Mapping[str, str]]) -> Tensor | None:

@@ -9,7 +9,7 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
 from medgen.data.lesions import KINDS_B
-from medgen.data.manifest import Manifest, Row, index
+from medgen.data.manifest import Manifest, Row
 from medgen.errors import ConfigError, DataError, MedgenError
 from medgen.io.source import ReadOptions
 from medgen.log import note
@@ -21,7 +21,7 @@ from medgen.tasks.detection_table import write
 from medgen.tasks.detector import can_score
 from medgen.tasks.generation import Drawn, generation, require_drawing
 from medgen.tasks.generation import write as write_generation
-from medgen.tasks.intake import require_images, taken_in, training_scans
+from medgen.tasks.intake import require_images, scans_for, taken_in, training_scans
 from medgen.tasks.quality import quality
 from medgen.tasks.workspace import Workspace
 from medgen.training.device import device_for
@@ -134,7 +134,7 @@ def _chosen(
     """The scans to evaluate on, of a split, label and domain, and how many do not suit the bundle."""
     split, label, domain = asked
     if split != "test":
-        rows = index(place, options).where(label=label, domain=domain)
+        rows = scans_for(bundle, place, options).where(label=label, domain=domain)
     elif known is None:
         raise DataError(
             "The bundle did not learn from this folder as it is, so which of its scans were set aside cannot "

@@ -13,7 +13,7 @@ from medgen.data.dataset import given_view, model_view, real_view
 from medgen.data.manifest import Manifest, Row, index
 from medgen.data.recipe import Recipe
 from medgen.data.window import flat, prepared, real_voxels, what_was_cut
-from medgen.errors import BundleError, CapabilityError, PrivacyError
+from medgen.errors import BundleError, CapabilityError, DataError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.scan import Scan
@@ -78,10 +78,30 @@ def given_with(
     return given
 
 
+def scans_for(bundle: Bundle, data: str | Path, options: ReadOptions, *, seed: int = 0) -> Manifest:
+    """The scans of a folder as the bundle takes them: joined as channels where it learned several of a patient so.
+
+    Raises:
+        DataError: there are no scans, or no patient has all that are joined.
+    """
+    return _as_learned(bundle, index(data, options, seed=seed))
+
+
+def _as_learned(bundle: Bundle, found: Manifest) -> Manifest:
+    learned = bundle.training.get("domains", ())
+    # Where a folder does not tell domains apart, its files may hold all channels, and their readers say so.
+    apart = len(learned) == 1 and learned[0] not in found.domains and set(learned[0].split("+")) <= set(found.domains)
+    return found.of_domain(learned[0]) if apart else found
+
+
 def training_scans(bundle: Bundle, data: str | Path, options: ReadOptions) -> Manifest | None:
     """The scans of a folder with the splits that training gave them; None where others were trained on."""
     told = bundle.training
     found = index(data, options, seed=int(told.get("seed", 0)))
+    try:
+        found = _as_learned(bundle, found)
+    except DataError:
+        return None
     known = {"label": told.get("labels"), "domain": told.get("domains")}
     rows = (row for row in found.rows if all(v is None or getattr(row, k) in v for k, v in known.items()))
     kept = replace(found, rows=tuple(rows))
@@ -145,5 +165,6 @@ def _field_of_view(source: Grid, window: Grid) -> list[str]:
 
 
 __all__ = [
-    "Intake", "given_with", "require_images", "require_training_scans", "require_whole", "taken_in", "training_scans",
+    "Intake", "given_with", "require_images", "require_training_scans", "require_whole", "scans_for", "taken_in",
+    "training_scans",
 ]  # fmt: skip

@@ -61,7 +61,7 @@ def train(
         out: the bundle's folder, which must not exist.
         preset: name or YAML file; None: the default for images or for volumes.
         label: learn one class only, such as 'normal'.
-        domain: learn one modality or site only.
+        domain: learn one modality or site only; 'T1w+T2w' learns one scan of each of a patient as channels.
         overrides: 'a.b=c' changes of the preset.
         minutes: training time to keep within on this machine; None: the preset's images.
         seed: decides splits, order, noise.

@@ -25,6 +25,8 @@ from medgen.training.fit import FitConfig
 
 # Scans read to find a recipe; a fingerprint needs no more.
 _LOOKED_AT = 64
+# Patients left out who are named one by one.
+_NAMED = 10
 
 
 @dataclass(frozen=True)
@@ -34,7 +36,7 @@ class Choices:
     Args:
         preset: name or YAML file; None: the default for images or for volumes.
         label: learn one class only, such as 'normal'.
-        domain: learn one modality or site only.
+        domain: learn one modality or site only; 'T1w+T2w' learns one scan of each of a patient as channels.
         overrides: 'a.b=c' changes of the preset.
         minutes: training time to keep within on this machine; None: the preset's images.
         seed: decides splits, order, noise.
@@ -272,15 +274,13 @@ def _planes(preset: Preset, look: Look) -> tuple[Plane, ...]:
 
 def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manifest:
     """The scans to learn from: one class or domain where asked, else the largest domain."""
+    if domain is not None:
+        manifest = _of_domain(manifest, domain)
     if label is not None:
         if label not in manifest.labels:
             raise DataError(f"There is no class {label!r}. Classes: {', '.join(manifest.labels) or 'none'}.")
         manifest = manifest.where(label=label)
-    if domain is not None:
-        if domain not in manifest.domains:
-            raise DataError(f"There is no domain {domain!r}. Domains: {', '.join(manifest.domains) or 'none'}.")
-        manifest = manifest.where(domain=domain)
-    elif len(manifest.domains) > 1:
+    if domain is None and len(manifest.domains) > 1:
         largest = max(manifest.domains, key=lambda name: len(manifest.where(domain=name)))
         note(f"The scans are of several kinds ({', '.join(manifest.domains)}); learning {largest}. --domain chooses.")
         manifest = manifest.where(domain=largest)
@@ -288,9 +288,23 @@ def _chosen(manifest: Manifest, label: str | None, domain: str | None) -> Manife
     if unseen and manifest.split("train").labels:
         note(f"No scan is left to learn {', '.join(unseen)} from: left out. Three more of each would do.")
         manifest = replace(manifest, rows=tuple(row for row in manifest.rows if row.label not in unseen))
-    if not len(manifest.split("train")):
+    train = manifest.split("train")
+    few = [name for name in train.labels if len(train.where(label=name).patients) == 1]
+    if few and len(train.patients) > 1:
+        note(f"One patient is left to learn {', '.join(few)} from: whatever is drawn of that class shows this patient.")
+    if not len(train):
         raise DataError(f"No scan of {manifest.root} is left for training; {len(manifest)} were found.")
     return manifest
+
+
+def _of_domain(manifest: Manifest, domain: str) -> Manifest:
+    """The scans of a domain, or those of several joined by '+' as the channels of one; says who was left out."""
+    chosen = manifest.of_domain(domain)
+    left_out = [f"{skip.path} ({skip.reason})" for skip in chosen.skipped[len(manifest.skipped) :]]
+    if left_out:
+        more = f" and {len(left_out) - _NAMED} more" if len(left_out) > _NAMED else ""
+        note(f"Left out: {', '.join(left_out[:_NAMED])}{more}.")
+    return chosen
 
 
 def _readable(manifest: Manifest, options: ReadOptions) -> Iterator[Scan]:

@@ -1,0 +1,150 @@
+"""Several modalities of a patient as the channels of one scan."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import medgen
+from medgen import io
+from medgen.bundle import Bundle
+from medgen.data.manifest import Manifest, Row, index
+from medgen.errors import DataError, PrivacyError
+from medgen.grid import Grid
+from medgen.io.source import ReadOptions
+from medgen.log import reporting
+from medgen.scan import Scan
+from medgen.tasks.intake import require_training_scans, scans_for, training_scans
+from medgen.tasks.plan import Choices, plan_training
+
+GRID = Grid((8, 8, 8), np.eye(4))
+
+
+class Notes:
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+
+    def note(self, message: str) -> None:
+        """Keep it."""
+        self.said.append(message)
+
+    def start(self, what: str, total: float | None) -> object:
+        """Draw nothing."""
+
+    def advance(self, handle: object, amount: float, text: str) -> None:
+        """Draw nothing."""
+
+    def stop(self, handle: object) -> None:
+        """Draw nothing."""
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """T1w and T2w of twelve people in BIDS, a mask of each T2w; sub-03 has no T2w."""
+    folder = tmp_path_factory.mktemp("both") / "world"
+    rng = np.random.default_rng(3)
+    apart = np.sqrt(sum((axis - 3.5) ** 2 for axis in np.indices((8, 8, 8))))
+    for n in range(12):
+        place = folder / f"sub-{n:02d}" / "anat"
+        place.mkdir(parents=True)
+        drawn = (apart < rng.uniform(2, 3)).astype(np.uint8)
+        for name, bright in (("T1w", 90), ("T2w", 180)):
+            if (n, name) == (3, "T2w"):
+                continue
+            values = (30 + bright * drawn + rng.normal(0, 4, drawn.shape)).clip(0, 255).astype(np.uint8)
+            io.write(Scan(values[None], GRID), place / f"sub-{n:02d}_{name}.nii.gz")
+        if n != 3:
+            io.write(Scan(drawn[None], GRID, is_label=True), place / f"sub-{n:02d}_T2w_mask.nii.gz")
+    return folder
+
+
+def test_a_patients_scans_become_channels_in_the_order_asked_for(both):
+    manifest = index(both)
+    assert manifest.domains == ("T1w", "T2w")
+    joined = manifest.joined(("T2w", "T1w"))
+    assert len(joined) == 11
+    assert {row.domain for row in joined.rows} == {"T2w+T1w"}
+    row = joined.rows[0]
+    assert row.path.split(";")[0].endswith("_T2w.nii.gz")
+    assert row.mask.endswith("_T2w_mask.nii.gz")
+    scan = io.read(joined.locate(row.path))
+    assert scan.channels == 2
+    assert scan.voxels[0].max() > scan.voxels[1].max()
+    assert [(skip.path, skip.reason) for skip in joined.skipped[len(manifest.skipped) :]] == [
+        ("sub-03", "no T2w to join")
+    ]
+    # Nobody changes the split.
+    assert {row.patient: row.split for row in joined.rows}.items() <= {
+        row.patient: row.split for row in manifest.rows
+    }.items()
+
+
+def rows(*cells: tuple[str, str, str]) -> Manifest:
+    made = [
+        Row(path, patient, path, "nifti", domain=domain, split="train", covariates={"age": "40"})
+        for patient, path, domain in cells
+    ]
+    return Manifest(tuple(made), (), Path("data"))
+
+
+def test_sessions_are_joined_apart_and_a_second_scan_of_one_is_named():
+    table = rows(
+        ("p", "ses-1/p_ses-1_T1w.nii", "T1w"), ("p", "ses-2/p_ses-2_T2w.nii", "T2w"),
+        ("p", "ses-2/p_ses-2_T1w.nii", "T1w"), ("p", "ses-2/p_ses-2_run-2_T1w.nii", "T1w"),
+    )  # fmt: skip
+    joined = table.joined(("T1w", "T2w"))
+    assert [row.case for row in joined.rows] == ["p_ses-2"]
+    assert joined.rows[0].covariates == {"age": "40"}
+    assert {skip.path: skip.reason for skip in joined.skipped} == {
+        "p_ses-1": "no T2w to join",
+        "ses-2/p_ses-2_run-2_T1w.nii": "one T1w of this session is joined already",
+    }
+
+
+def test_a_domain_that_is_called_so_is_not_joined():
+    table = rows(("p", "a.nii", "T1w+T2w"), ("q", "b.nii", "T1w"), ("q", "c.nii", "T2w"))
+    assert [row.path for row in table.of_domain("T1w+T2w").rows] == ["a.nii"]
+
+
+def test_what_cannot_be_joined_is_refused():
+    table = rows(("p", "a.nii", "T1w"), ("q", "b.nii", "T2w"))
+    with pytest.raises(DataError, match="No patient has a scan of each of T1w, T2w"):
+        table.of_domain("T1w+T2w")
+    with pytest.raises(DataError, match="names one twice"):
+        table.of_domain("T1w+T1w")
+    with pytest.raises(DataError, match=r"no domain 'T1w\+PD'\. Domains: T1w, T2w"):
+        table.of_domain("T1w+PD")
+
+
+def test_a_bundle_of_joined_scans_knows_its_scans_again(both, tmp_path):
+    made = medgen.train(both, tmp_path / "b", preset="gmm", domain="T1w+T2w", masks="joint", minutes=None)
+    bundle = Bundle.load(made)
+    assert (bundle.contract.channels, bundle.model.config.channels) == (2, 3)
+    assert bundle.training["domains"] == ["T1w+T2w"]
+    known = training_scans(bundle, both, ReadOptions())
+    assert known is not None
+    assert known.hash() == bundle.training["manifest_sha256"]
+    assert len(scans_for(bundle, both, ReadOptions())) == 11
+    assert medgen.evaluate(both, made)["scans"] >= 1
+    # Of others there is nothing to join.
+    only = replace(index(both), rows=index(both).where(domain="T1w").rows)
+    only.save(tmp_path / "t1.csv")
+    with pytest.raises(PrivacyError, match="did not learn from these scans"):
+        require_training_scans(bundle, tmp_path / "t1.csv", ReadOptions())
+
+
+def test_joined_scans_are_scored_from_the_folder_they_lie_in(both, tmp_path):
+    made = medgen.train(both, tmp_path / "b", preset="gmm", domain="T1w+T2w", minutes=None)
+    scores = medgen.score(both, made, tmp_path / "s", maps=False)
+    assert not scores.failed
+    assert len(scores.scans) == 11
+
+
+def test_the_plan_says_who_was_left_out(both):
+    notes = Notes()
+    with reporting(notes):
+        plan_training(both, Choices("gmm", domain="T1w+T2w"))
+    assert any("Left out: sub-03 (no T2w to join)" in said for said in notes.said)
