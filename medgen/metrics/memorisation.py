@@ -1,54 +1,95 @@
-"""Is a generated scan a copy of somebody? The ratio of its distances to the nearest two patients.
+"""Is a generated scan a copy of somebody? The ratio of its distances to the nearest two patients, in three spaces.
 
     r = d1 / d2
 
-d1 is the distance to the nearest training patient, d2 to the second nearest. A new scan is about as far
-from one patient as from the next (r near 1); a copy, blurred, noised, shifted, mirrored or mixed, is far
-nearer to its original (r near 0). Compared is what makes a scan its owner's: the filtered deviation from
-the mean training scan, without what contrast or blur of the mean could explain:
-
-    d(x, a) = sqrt(2 - 2 rho),   rho = max over shifts s, mirrors f of cos( P H (s f x - m), P H (a - m) )
-
-in two views H, of which the smaller r counts: smooth (finds blurred and noised copies) and whitened (every
-spatial frequency counts alike; finds mixtures). The threshold is set for each dataset, between scans of
-held-out patients (at most 1 % below) and planted copies (at least 95 % below).
+d1 is the distance to the nearest training patient, d2 to the second nearest. A new scan is about as far from one
+patient as from the next (r near 1); a copy, blurred, noised, shifted, mirrored or mixed, is far nearer to its original
+(r near 0). The spaces are those of `medgen.metrics.spaces`: voxels, registered, and features. Each has its own
+threshold, set for each dataset between scans of held-out patients and planted copies, so that of held-out scans at
+most 1 % fall below any of them.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 
 import numpy as np
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float
 from torch import Tensor
-from torch.nn import functional
 
 from medgen.errors import DataError
+from medgen.metrics.spaces import SPACES, FeatureSpace, RegisteredSpace, Space, VoxelSpace, owners, shrunk
 from medgen.seeds import derived_seed
 
-# Longest edge at which scans are compared; identity survives, seconds do not.
-_EDGE = 48
 _MOST_HELD_OUT_FLAGGED, _LEAST_COPIES_CAUGHT = 0.01, 0.95
-COPIES = ("blurred", "noised", "shifted", "flipped", "mixed")
+COPIES = ("blurred", "noised", "shifted", "flipped", "mixed", "scaled")
+# Scans compared at a time, and parts of the held-out scans that are left out in turn.
+_BLOCK, _FOLDS = 64, 10
+# Held-out scans that show what the rarest hundredth is like.
+_ENOUGH = 300
+# A voxel-wise r that only the same scan has, stored twice.
+_SAME = 0.01
+
+# In each space, of scans that are as many within one such table only.
+Ratios = dict[str, Float[np.ndarray, "_"]]
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The training scan that a scan is nearest to.
+
+    Args:
+        r: d1 / d2 in each space; near 0 for a copy, near 1 for a new scan.
+        distance: d1 in each space, in its own unit.
+        nearest: index of the training scan, in the space of the smallest r.
+    """
+
+    r: dict[str, float]
+    distance: dict[str, float]
+    nearest: int
 
 
 @dataclass(frozen=True)
 class CopyTest:
-    """How well the ratio tells copies from new scans on one dataset.
+    """How well the ratios tell copies from new scans on one dataset.
 
     Args:
-        threshold: a generated scan with r below it is taken for a copy.
-        held_out_flagged: share of held-out scans below it.
-        copies_caught: share of planted copies below it, for each kind.
-        held_out: how many held-out scans there were.
-        reliable: both shares are as good as demanded.
+        thresholds: a scan with r below it, in any space, is taken for a copy; 0 where the space tells none.
+        held_out_flagged: share of held-out scans taken for copies.
+        left_out_flagged: the same with thresholds that were set without the scans in question: what to expect of new
+            scans; with few held-out scans it is much more.
+        copies_caught: share of planted copies taken for copies, for each kind.
+        held_out: how many held-out scans that was measured on.
+        leaked: how many more are no other than a training scan, and were left aside.
+        reliable: the first share is at most 1 %, and 95 % of every kind are caught.
     """
 
-    threshold: float
+    thresholds: dict[str, float]
     held_out_flagged: float
+    left_out_flagged: float
     copies_caught: dict[str, float]
     held_out: int
+    leaked: int
     reliable: bool
+
+    @classmethod
+    def untested(cls) -> "CopyTest":
+        """What there is without held-out scans: r = 0.5 in the registered space."""
+        return cls(dict.fromkeys(SPACES, 0.0) | {"registered": 0.5}, 0.0, 0.0, {}, 0, 0, False)
+
+    @property
+    def threshold(self) -> float:
+        """That of the registered space."""
+        return self.thresholds["registered"]
+
+    @property
+    def silent(self) -> tuple[str, ...]:
+        """The spaces that tell no copies from new scans here, and have no vote."""
+        return tuple(space for space, threshold in self.thresholds.items() if threshold == 0)
+
+    def is_copy(self, nearest: Nearest) -> bool:
+        """Whether r is below the threshold of any space."""
+        return any(nearest.r[space] < threshold for space, threshold in self.thresholds.items())
 
     def to_dict(self) -> dict:
         """Plain values, for JSON."""
@@ -59,55 +100,81 @@ class CopyDetector:
     """Compares scans with the training scans.
 
     Args:
-        train: prepared training scans (n, c, *space).
+        train: prepared training scans (n, c, *space) on about [0, 1].
         patients: whose they are; r compares different patients, and identical scans are one patient's.
 
     Raises:
         DataError: fewer than two patients.
+
+    >>> train = torch.rand(5, 1, 12, 12, generator=torch.Generator().manual_seed(0))
+    >>> found = CopyDetector(train, list("abcde")).nearest(train[3:4] * 0.9 + 0.02)[0]
+    >>> found.nearest, found.r["registered"] < 0.1
+    (3, True)
     """
 
     def __init__(self, train: Float[Tensor, "n c *space"], patients: Sequence[str]) -> None:
         self.dims = train.ndim - 2
-        self._owner = _owners(train, patients)
+        self._owner = owners(train, patients)
         if int(self._owner.max()) < 1:
             raise DataError("Telling copies needs different scans of at least two training patients; found one.")
         self._train = train
-        small = _small(train)
-        self._views = (_View(small, smooth=1.5, whiten=0.0), _View(small, smooth=0.5, whiten=0.5))
+        small = shrunk(train)
+        self._spaces: dict[str, Space] = {
+            "voxel": VoxelSpace(small), "registered": RegisteredSpace(small), "feature": FeatureSpace(small),
+        }  # fmt: skip
 
-    def ratios(self, scans: Float[Tensor, "n c *space"]) -> Float[np.ndarray, " n"]:
-        """r of each scan."""
-        return np.asarray([self.nearest(scan)[0] for scan in scans])
+    def nearest(self, scans: Float[Tensor, "n c *space"]) -> list[Nearest]:
+        """The nearest training scan of each scan, and r in all spaces."""
+        return [one for n in range(0, len(scans), _BLOCK) for one in self._nearest(shrunk(scans[n : n + _BLOCK]))]
 
-    def nearest(self, scan: Float[Tensor, "c *space"]) -> tuple[float, int]:
-        """r of one scan, and the index of the nearest training scan."""
-        small, found = _small(scan[None]), []
-        for view in self._views:
-            distances = view.distances(small)
-            by_patient = torch.full((int(self._owner.max()) + 1,), torch.inf)
-            by_patient.scatter_reduce_(0, self._owner, distances, "amin")
-            first, second = torch.topk(by_patient, 2, largest=False).values
-            found.append((float(first / second.clamp(min=1e-8)), int(distances.argmin())))
-        return min(found)
+    def ratios(self, scans: Float[Tensor, "n c *space"]) -> Ratios:
+        """r of each scan in each space."""
+        found = self.nearest(scans)
+        return {space: np.asarray([one.r[space] for one in found]) for space in self._spaces}
+
+    def _nearest(self, small: Float[Tensor, "n c *space"]) -> list[Nearest]:
+        r, first, index = [], [], []
+        for space in self._spaces.values():
+            distances = space.distances(small).double()
+            by_patient = torch.full((*distances.shape[:2], int(self._owner.max()) + 1), torch.inf, dtype=torch.float64)
+            by_patient.scatter_reduce_(2, self._owner.expand_as(distances), distances, "amin")
+            two = by_patient.topk(2, largest=False).values
+            # Of several views the one counts in which the scan looks most like a copy.
+            ratio, view = (two[..., 0] / two[..., 1].clamp(min=1e-8)).min(0)
+            each = torch.arange(len(small))
+            r.append(ratio)
+            first.append(two[view, each, 0])
+            index.append(distances.argmin(2)[view, each])
+        ratios, nearest = torch.stack(r), torch.stack(first)
+        chosen = torch.stack(index).gather(0, ratios.argmin(0, keepdim=True))[0].tolist()
+        names = tuple(self._spaces)
+        return [
+            Nearest(dict(zip(names, r, strict=True)), dict(zip(names, d, strict=True)), n)
+            for r, d, n in zip(ratios.T.tolist(), nearest.T.tolist(), chosen, strict=True)
+        ]
 
     def calibrate(self, held_out: Float[Tensor, "n c *space"], *, copies: int = 20, seed: int = 0) -> CopyTest:
-        """Set the threshold between held-out scans and copies planted from training scans.
+        """Set the thresholds between held-out scans and copies planted from training scans.
 
         Args:
-            held_out: scans of patients the model never saw.
+            held_out: scans of patients the model never saw; with none, the test is `CopyTest.untested`.
             copies: planted copies of each kind.
             seed: of the planting.
         """
         new = self.ratios(held_out)
+        # One that is a training scan, in two splits by mistake, says nothing of new scans.
+        known = new["voxel"] < _SAME
+        new = {space: r[~known] for space, r in new.items()}
+        count = int((~known).sum())
+        if not count:
+            return replace(CopyTest.untested(), leaked=int(known.sum()))
         planted = {kind: self.ratios(self._planted(kind, copies, seed)) for kind in COPIES}
-        # As strict as the held-out scans allow: above most copies, below nearly all new scans.
-        highest = float(np.quantile(new, _MOST_HELD_OUT_FLAGGED, method="lower"))
-        lowest = float(max(np.quantile(r, _LEAST_COPIES_CAUGHT, method="higher") for r in planted.values()))
-        threshold = (highest + lowest) / 2 if lowest < highest else highest
-        caught = {kind: float((r < threshold).mean()) for kind, r in planted.items()}
-        flagged = float((new < threshold).mean())
+        thresholds = _thresholds(new, planted)
+        caught = {kind: float(_below(r, thresholds).mean()) for kind, r in planted.items()}
+        flagged = float(_below(new, thresholds).mean())
         good = flagged <= _MOST_HELD_OUT_FLAGGED and min(caught.values()) >= _LEAST_COPIES_CAUGHT
-        return CopyTest(threshold, flagged, caught, len(new), bool(good))
+        left_out = _left_out(new, planted, seed)
+        return CopyTest(thresholds, flagged, left_out, caught, count, int(known.sum()), bool(good))
 
     def _planted(self, kind: str, count: int, seed: int) -> Float[Tensor, "n c *space"]:
         generator = torch.Generator().manual_seed(derived_seed(seed, COPIES.index(kind)))
@@ -122,105 +189,64 @@ class CopyDetector:
             return torch.roll(scans, [2] * self.dims, list(range(2, 2 + self.dims)))
         if kind == "flipped":
             return scans.flip(2)
+        if kind == "scaled":
+            return _scaled(scans, 1.05)
         others = [torch.nonzero(self._owner != self._owner[index]).flatten() for index in chosen]
         picked = [other[int(torch.randint(len(other), (1,), generator=generator))] for other in others]
         return 0.7 * scans + 0.3 * self._train[torch.stack(picked)].float()
 
 
-class _View:
-    """Training scans through one filter, ready to be correlated with others at every shift.
+def _thresholds(new: Ratios, planted: dict[str, Ratios]) -> dict[str, float]:
+    """As strict as the held-out scans allow: above most copies, below nearly all new scans.
 
-    Args:
-        small: training scans (n, c, *space).
-        smooth: standard deviation of the low-pass, voxels.
-        whiten: 0 leaves the spectrum of deviations as it is, 0.5 makes it flat (above a floor).
+    The ceilings are the k-th smallest r of held-out scans in each space, with k as large as leaves the share of
+    held-out scans below any of them at most 1 %; few scans do not show their rarest hundredth, so below 300 of them a
+    ceiling is no higher than where an exponential tail, fitted below the median, has it. A space votes if 95 % of some
+    kind of copies are below its ceiling. One factor takes all ceilings down: halfway to the copies, if there is a gap.
     """
-
-    def __init__(self, small: Float[Tensor, "n c *space"], *, smooth: float, whiten: float) -> None:
-        self._space = tuple(range(2, small.ndim))
-        self._shape = small.shape[2:]
-        mean = small.mean(0, keepdim=True)
-        power = self._transform(small - mean).abs().square().mean((0, 1))
-        self._filter = self._gaussian(smooth) / (power / power.max() + 1e-3) ** whiten
-        self._filter.view(-1)[0] = 0  # brightness is nobody's
-        self._mean = self._filtered(mean)
-        blurred = [self._inverse(self._transform(self._mean) * self._gaussian(s)) for s in (0.7, 1.5, 3.0)]
-        nuisance = torch.cat([self._mean, *[one - self._mean for one in blurred]])
-        basis = torch.linalg.qr(nuisance.flatten(1).T.double()).Q.T.to(small.dtype)
-        deviations = (self._filtered(small) - self._mean).flatten(1)
-        deviations = (deviations - (deviations @ basis.T) @ basis).reshape(small.shape)
-        self._norms = deviations.flatten(1).norm(dim=1).clamp(min=1e-8)
-        # Inner products with x - m at a shift are those with x less those with m.
-        self._known = torch.cat([self._mean, basis.reshape(nuisance.shape)])
-        self._spectra, self._known_spectra = self._transform(deviations), self._transform(self._known)
-        self._inner = (deviations * self._mean).flatten(1).sum(1)
-        self._known_inner = (self._known * self._mean).flatten(1).sum(1)
-
-    def distances(self, small: Float[Tensor, "1 c *space"]) -> Float[Tensor, " n"]:
-        """To every training scan, at the best small shift and mirror image."""
-        x = self._filtered(small)
-        near = (slice(None), *_small_shifts(self._shape))
-        best = torch.full((len(self._norms),), -1.0)
-        for turned in _mirrored(x):
-            spectrum = self._transform(turned).conj()
-            known = self._correlation(spectrum * self._known_spectra)[near]
-            explained = known[1:] - self._known_inner[1:, None]
-            length = x.square().sum() + self._known_inner[0] - 2 * known[0] - explained.square().sum(0)
-            length = length.clamp(min=1e-8).sqrt()
-            for first in range(0, len(best), 256):
-                part = slice(first, first + 256)
-                inner = self._correlation(spectrum * self._spectra[part])[near] - self._inner[part, None]
-                best[part] = torch.maximum(best[part], (inner / (length * self._norms[part, None])).amax(1))
-        return (2 - 2 * best.clamp(-1, 1)).clamp(min=0).sqrt()
-
-    def _filtered(self, values: Tensor) -> Tensor:
-        return self._inverse(self._transform(values) * self._filter)
-
-    def _transform(self, values: Tensor) -> Tensor:
-        return torch.fft.rfftn(values, dim=self._space)
-
-    def _inverse(self, spectrum: Tensor) -> Tensor:
-        return torch.fft.irfftn(spectrum, s=self._shape, dim=self._space)
-
-    def _correlation(self, spectra: Tensor) -> Float[Tensor, "k *space"]:
-        """The correlation theorem: inner products at every shift, summed over channels."""
-        return torch.fft.irfftn(spectra.sum(1), s=self._shape, dim=tuple(axis - 1 for axis in self._space))
-
-    def _gaussian(self, sigma: float) -> Tensor:
-        squared = torch.zeros(1)
-        for axis, n in enumerate(self._shape):
-            frequency = torch.fft.rfftfreq(n) if axis == len(self._shape) - 1 else torch.fft.fftfreq(n)
-            squared = squared[..., None] + frequency.square() if axis else frequency.square()
-        return torch.exp(-2 * torch.pi**2 * sigma**2 * squared)
+    count = len(next(iter(new.values())))
+    ceilings = {space: float(r.min()) for space, r in new.items()}
+    for k in range(1, int(_MOST_HELD_OUT_FLAGGED * count) + 1):
+        higher = {space: float(np.sort(r)[k]) for space, r in new.items()}
+        if _below(new, higher).mean() > _MOST_HELD_OUT_FLAGGED:
+            break
+        ceilings = higher
+    if count < _ENOUGH:
+        ceilings = {space: max(0.0, min(ceiling, _tail(new[space]))) for space, ceiling in ceilings.items()}
+    caught = {s: [float((r[s] < ceiling).mean()) for r in planted.values()] for s, ceiling in ceilings.items()}
+    voting = [space for space, shares in caught.items() if max(shares) >= _LEAST_COPIES_CAUGHT]
+    # Where none can vote, the one that catches most does what it can.
+    voting = voting or [max(caught, key=lambda space: np.mean(caught[space]))]
+    parts = [np.min([r[s] / max(ceilings[s], 1e-8) for s in voting], axis=0) for r in planted.values()]
+    copies = max(float(np.quantile(part, _LEAST_COPIES_CAUGHT, method="higher")) for part in parts)
+    factor = (copies + 1) / 2 if copies < 1 else 1.0
+    return {space: factor * ceiling * (space in voting) for space, ceiling in ceilings.items()}
 
 
-def _owners(train: Tensor, patients: Sequence[str]) -> Int[Tensor, " n"]:
-    """A number for each patient; patients with an identical scan get one number."""
-    first: dict[bytes, str] = {}
-    leader = {patient: patient for patient in patients}
-
-    def top(patient: str) -> str:
-        while leader[patient] != patient:
-            patient = leader[patient]
-        return patient
-
-    for scan, patient in zip(train, patients, strict=True):
-        leader[top(patient)] = top(first.setdefault(scan.numpy().tobytes(), patient))
-    names = sorted({top(patient) for patient in patients})
-    return torch.tensor([names.index(top(patient)) for patient in patients])
+def _tail(r: Float[np.ndarray, "_"]) -> float:
+    """Where the share of one space, a third of 1 %, would be lower, were distances below the median exponential."""
+    middle = float(np.median(r))
+    below = r[r < middle]
+    mean = float(middle - below.mean()) if len(below) else 0.0
+    return middle - mean * float(np.log(0.5 * len(SPACES) / _MOST_HELD_OUT_FLAGGED))
 
 
-def _small(scans: Float[Tensor, "n c *space"]) -> Float[Tensor, "n c *smaller"]:
-    """Averaged down to at most `_EDGE` voxels along an axis."""
-    factor = max(1, -(-max(scans.shape[2:]) // _EDGE))
-    pool = functional.avg_pool2d if scans.ndim == 4 else functional.avg_pool3d
-    return pool(scans.float(), factor, ceil_mode=True) if factor > 1 else scans.float()
+def _left_out(new: Ratios, planted: dict[str, Ratios], seed: int) -> float:
+    """Share of held-out scans flagged by thresholds set without them, in 10 folds."""
+    count = len(next(iter(new.values())))
+    if count < 2:
+        return float("nan")
+    fold = np.random.default_rng(derived_seed(seed, len(COPIES))).permutation(count) % _FOLDS
+    flagged = np.zeros(count, dtype=bool)
+    for part in range(min(_FOLDS, count)):
+        without = {space: r[fold != part] for space, r in new.items()}
+        flagged[fold == part] = _below(new, _thresholds(without, planted))[fold == part]
+    return float(flagged.mean())
 
 
-def _mirrored(x: Tensor) -> Iterator[Tensor]:
-    yield x
-    for axis in range(2, x.ndim):
-        yield x.flip(axis)
+def _below(ratios: Ratios, thresholds: dict[str, float]) -> Bool[np.ndarray, "_"]:
+    """Which scans have r below the threshold of any space."""
+    return np.any([ratios[space] < threshold for space, threshold in thresholds.items()], axis=0)
 
 
 def _blurred(scans: Float[Tensor, "n c *space"], sigma: float) -> Float[Tensor, "n c *space"]:
@@ -229,10 +255,14 @@ def _blurred(scans: Float[Tensor, "n c *space"], sigma: float) -> Float[Tensor, 
     return torch.from_numpy(gaussian_filter(scans.numpy(), sigma, axes=tuple(range(2, scans.ndim)), mode="nearest"))
 
 
-def _small_shifts(space: Sequence[int]) -> tuple[Tensor, ...]:
-    """Indices of all shifts of up to an eighth of each axis, wrapped around zero."""
-    offsets = [torch.arange(-max(1, n // 8), max(1, n // 8) + 1) % n for n in space]
-    return tuple(grid.flatten() for grid in torch.meshgrid(*offsets, indexing="ij"))
+def _scaled(scans: Float[Tensor, "n c *space"], factor: float) -> Float[Tensor, "n c *space"]:
+    """Enlarged about the middle, cropped to what they were."""
+    from torch.nn import functional
+
+    dims = scans.ndim - 2
+    turn = torch.cat([torch.eye(dims) / factor, torch.zeros(dims, 1)], 1).expand(len(scans), -1, -1)
+    where = functional.affine_grid(turn, list(scans.shape), align_corners=False)
+    return functional.grid_sample(scans, where, padding_mode="border", align_corners=False)
 
 
-__all__ = ["COPIES", "CopyDetector", "CopyTest"]
+__all__ = ["COPIES", "CopyDetector", "CopyTest", "Nearest"]
