@@ -54,6 +54,7 @@ _PATIENT_FOLDER = re.compile(r"(sub|subj|subject|pat|patient|participant|case|pt
 _SESSION_FOLDER = re.compile(r"(ses|session|visit|scan)[-_ ]?\w*", re.I)
 _ITEM = re.compile(r"(.*)#([0-9a-f]{8}|(?:train|val|test)/\d+)", re.S)
 _BIDS_FOLDERS = {"anat", "func", "dwi", "fmap", "perf", "pet", "meg", "eeg", "derivatives", "sourcedata", "rawdata"}
+_OWN_FOLDERS = (("bundle",), ("privacy",))
 _SECOND_HAND = {"derivatives", "sourcedata", "code"}
 _SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val"} | {
     "test": "test",
@@ -179,6 +180,10 @@ def arranged(sources: Iterable[Source], root: Path) -> tuple[list[Draft], list[S
     # In the table ';' separates the files of one case.
     skipped = [Skipped(one.source.path, "a ';' in its name: rename it") for one in drafts if ";" in one.path]
     drafts = [one for one in drafts if ";" not in one.path]
+    if (root / "run.json").is_file() or (root / "manifest.csv").is_file():
+        own = [one for one in drafts if one.path == "contact_sheet.png" or one.folders[:1] in _OWN_FOLDERS]
+        skipped += [Skipped(one.source.path, "a picture of a report") for one in own]
+        drafts = [one for one in drafts if one not in own]
     channels = _channel_names(root)
     drafts = _joined(drafts, channels, skipped)
     scans, masks = [d for d in drafts if not d.is_mask], [d for d in drafts if d.is_mask]
@@ -265,7 +270,7 @@ def _name_cases(scans: list[Draft]) -> None:
 
 def _give_masks(scans: list[Draft], masks: list[Draft], skipped: list[Skipped]) -> None:
     """Each mask to the scans it fits best; a scan keeps the first of several."""
-    tables = [defaultdict(list) for _ in range(4)]
+    tables = [defaultdict(list) for _ in range(5)]
     for scan in scans:
         for table, key in zip(tables, _mask_keys(scan), strict=True):
             table[key].append(scan)
@@ -275,8 +280,8 @@ def _give_masks(scans: list[Draft], masks: list[Draft], skipped: list[Skipped]) 
             skipped.append(Skipped(mask.source.path, "a brain mask, not one of findings"))
             continue
         fits = [table.get(key, []) for table, key in zip(tables, _mask_keys(mask), strict=True)]
-        if len({scan.patient for scan in fits[3]}) > 1:
-            fits[3] = []  # a folder of several patients does not tell whose mask it is
+        if len({scan.patient for scan in fits[-1]}) > 1:
+            fits[-1] = []  # a folder of several patients does not tell whose mask it is
         level = next((level for level, scans in enumerate(fits) if scans), None)
         if level is None:
             skipped.append(Skipped(mask.source.path, "a mask that fits no scan here"))
@@ -291,8 +296,8 @@ def _give_masks(scans: list[Draft], masks: list[Draft], skipped: list[Skipped]) 
 
 
 def _mask_keys(one: Draft) -> list[tuple]:
-    """Four ways in which a mask and a scan may belong together, the surest first."""
-    folder = tuple(_neutral(name) for name in one.folders)
+    """Five ways in which a mask and a scan may belong together, the surest first."""
+    folder = tuple(name for name in map(_neutral, one.folders) if name)
     space = one.entities.get("space", "").lower()
     space = "" if space in _MODALITIES or space in ("orig", "native", "individual") else space
     session = one.entities.get("ses", "")
@@ -302,6 +307,8 @@ def _mask_keys(one: Draft) -> list[tuple]:
     return [
         (folder, one.core, own, space, one.modality),
         (folder, one.core, subject, session, space),
+        # A mask is named like the file or the folder of the DICOM series that it belongs to.
+        (folder, one.stem.removesuffix(".dcm") if one.source.kind == "dicom" else one.core if one.is_mask else None),
         (told, session, space),
         (folder, space),
     ]
@@ -370,7 +377,9 @@ def _column(name: str) -> str:
     return f"participant_{word}" if word in RESERVED else name.strip()
 
 
+# Columns of a table of scans that medgen made; what stands from the first of them on is no covariate.
+MADE = ("origin", "how", "model", "weights_sha256", "seed", "sources", "parameters")
 RESERVED = ("case", "patient", "path", "kind", "label", "mask", "domain", "split", "root")
 
 
-__all__ = ["RESERVED", "Draft", "arranged", "draft", "pieces", "relative"]
+__all__ = ["MADE", "RESERVED", "Draft", "arranged", "draft", "pieces", "relative"]

@@ -7,7 +7,7 @@ from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 
-from medgen.data.layout import RESERVED, Draft, draft, pieces, relative
+from medgen.data.layout import MADE, RESERVED, Draft, draft, pieces, relative
 from medgen.errors import DataError
 from medgen.io import find, format_of
 from medgen.io.source import ReadOptions, Skipped, Source
@@ -15,8 +15,10 @@ from medgen.log import track
 
 
 def covariates(line: Mapping[str, str]) -> dict[str, str]:
-    """What a line says beyond the table's own columns."""
-    return {name: value for name, value in line.items() if name not in RESERVED and value}
+    """What a line says beyond the table's own columns, which in a table of made scans include all after `origin`."""
+    columns = list(line)
+    told = columns[: columns.index(MADE[0])] if set(MADE) <= set(columns) else columns
+    return {name: line[name] for name in told if name not in RESERVED and line[name]}
 
 
 def read_table(path: Path) -> tuple[Path, list[dict[str, str]]]:

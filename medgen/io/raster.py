@@ -5,10 +5,11 @@ Pictures have no millimetres and no patient around them. They lie as a DICOM ima
 its rows, and `Header.space` is 0, unknown.
 """
 
+import io
 import struct
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
@@ -267,6 +268,67 @@ def write_npz(path: Path, images: dict[str, np.ndarray], labels: dict[str, np.nd
     return path
 
 
+def stream_npz(
+    path: Path,
+    pictures: Iterable[np.ndarray],
+    shape: tuple[int, ...],
+    kind: np.dtype,
+    labels: Shaped[np.ndarray, "n ..."] | None = None,
+) -> Path:
+    """Write training pictures as a MedMNIST-style .npz one by one: memory does not grow with their number.
+
+    Args:
+        path: ends in .npz; appears only when complete.
+        pictures: each (h, w), (h, w, 3) or (d, h, w).
+        shape: of all of them together, (n, ...).
+        kind: in which they are stored.
+        labels: (n,) or (n, labels); None: none are written.
+
+    Returns:
+        path.
+
+    Raises:
+        OutputError: shapes or types do not fit, or the disk is full.
+    """
+    path = Path(path)
+    if path.suffix.lower() != ".npz" or len(shape) not in (3, 4) or np.dtype(kind).kind not in "buif":
+        raise OutputError(
+            f"{path.name}: expected a .npz name and pictures (h, w[, 3]) or (d, h, w); found {shape[1:]}."
+        )
+    if labels is not None and (len(labels) != shape[0] or labels.dtype.kind not in "buif"):
+        raise OutputError(f"{path.name}: {shape[0]} pictures need as many labels, as numbers; found {len(labels)}.")
+    written = 0
+    with replacing(path, force=True) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
+        with archive.open(_member("train_images"), "w", force_zip64=True) as stream:
+            stream.write(_npy_header(shape, np.dtype(kind)))
+            for written, picture in enumerate(pictures, 1):
+                if picture.shape != shape[1:] or written > shape[0]:
+                    raise OutputError(f"{path.name}: {shape} announced; picture {written} has shape {picture.shape}.")
+                stream.write(np.ascontiguousarray(picture, dtype=kind).data)
+        if written < shape[0]:
+            raise OutputError(f"{path.name}: {shape[0]} pictures announced; found {written}.")
+        if labels is not None:
+            with archive.open(_member("train_labels"), "w", force_zip64=True) as stream:
+                rows = np.ascontiguousarray(labels).reshape(len(labels), -1)
+                stream.write(_npy_header(rows.shape, rows.dtype))
+                stream.write(rows.data)
+    return path
+
+
+def _member(name: str) -> zipfile.ZipInfo:
+    """An entry without a time: the same pictures give the same bytes."""
+    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
+    info.compress_type = zipfile.ZIP_DEFLATED
+    return info
+
+
+def _npy_header(shape: tuple[int, ...], kind: np.dtype) -> bytes:
+    stream = io.BytesIO()
+    told = {"descr": np.lib.format.dtype_to_descr(kind), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, told)
+    return stream.getvalue()
+
+
 def _npz_shape(path: Path, key: str) -> tuple[int, ...] | None:
     """The shape of one array in the file, from its header alone; None where there is no such array."""
     try:
@@ -305,4 +367,4 @@ def _npz_images(path: Path, key: str, changed: int, size: int) -> np.ndarray:
     return images
 
 
-__all__ = ["as_pictures", "npz_items", "read_npz", "read_raster", "write_npz", "write_raster"]
+__all__ = ["as_pictures", "npz_items", "read_npz", "read_raster", "stream_npz", "write_npz", "write_raster"]
