@@ -1,47 +1,44 @@
-"""`medgen augment`: learn a folder, write synthetic scans in the folder's own format.
+"""`medgen augment`: scans that a dataset does not have, with labels and masks, in the dataset's own layout.
 
-No written scan is a copy of a training scan: each is compared with all of them, and copies are drawn again.
+Only the training split is learned from and changed; nobody held out is ever a source. What is written has passed two
+gates: it looks like a real scan of its class, and, where it came from noise, it is no copy of a patient.
 """
 
-import csv
-from collections.abc import Collection, Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal, cast
+from typing import Any, Literal
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import ScanDataset
-from medgen.data.manifest import Manifest, Row
 from medgen.data.window import real_voxels
-from medgen.errors import CapabilityError, ConfigError, PrivacyError
+from medgen.errors import ConfigError, DataError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
-from medgen.log import note, progress
-from medgen.metrics.memorisation import CopyDetector, CopyTest
-from medgen.models.abilities import Samples
-from medgen.models.base import can
+from medgen.log import note
 from medgen.report.pictures import contact_sheet
-from medgen.scan import Scale, Scan
-from medgen.seeds import derived_seed
-from medgen.tasks.capabilities import families_that
-from medgen.tasks.conditions import Masks, conditions_for, drawn_cells, masks_of, told_of
-from medgen.tasks.intake import require_training_scans, require_whole
+from medgen.tasks.audit import Audit, require_private
+from medgen.tasks.card import said_of_privacy, write_card
+from medgen.tasks.conditions import Masks
+from medgen.tasks.gates import Gates, known_scans, require_several
+from medgen.tasks.generate import Tally, generate
+from medgen.tasks.intake import require_training_scans
 from medgen.tasks.learn import learn
+from medgen.tasks.outputs.files import Facts, Output
+from medgen.tasks.outputs.layout import Layout, layout_of
 from medgen.tasks.plan import Choices, Plan, plan_training
-from medgen.tasks.worklist import file_name
+from medgen.tasks.ways.base import Material
+from medgen.tasks.ways.choice import way_of
+from medgen.tasks.ways.orders import Making, Order, orders
+from medgen.tasks.ways.sample import require_sampling
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]
-_FORMAT_OF = {"nifti": "nifti", "itk": "nifti", "dicom": "dicom", "raster": "png", "npz": "npz"}
-# A scan that keeps coming out as a copy after this many draws means the model has memorised.
-_MOST_DRAWS = 20
-# What medgen wrote itself may be of three channels.
-_OWN = ReadOptions(colour=True)
+# Scans on the contact sheet. What medgen wrote itself may be of three channels.
+_SHOWN, _OWN = 24, ReadOptions(colour=True)
 
 
 @dataclass(frozen=True)
@@ -50,25 +47,34 @@ class Augmented:
 
     Args:
         folder: where.
-        written: how many synthetic scans.
-        copies_rejected: how many draws were discarded as copies of training scans.
-        copy_test: how well copies are told on this dataset.
+        written: how many scans, by the way they were made.
+        rejected: how many candidates were not written, by reason.
         format: of the files.
+        layout: of the folder.
+        privacy: how well copies are told here, and what an attacker learns from the scans from noise.
+        quality: by each test, the part of scans further from the training scans than nearly all held-out ones.
+        private: a folder with what shows or names patients; None where there is nothing.
     """
 
     folder: Path
-    written: int
-    copies_rejected: int
-    copy_test: CopyTest
+    written: dict[str, int]
+    rejected: dict[str, int]
     format: str
+    layout: str
+    privacy: dict[str, Any]
+    quality: dict[str, float]
+    private: Path | None = None
+
+    @property
+    def said(self) -> str:
+        """What is known of copies and attacks, in a sentence or two."""
+        return said_of_privacy(self.privacy)
 
 
 def augment(
     data: str | Path,
     out: str | Path,
     *,
-    n: int | None = None,
-    per_class: int | None = None,
     bundle: str | Path | None = None,
     format: Format = "auto",
     preset: str | Path | None = None,
@@ -78,96 +84,133 @@ def augment(
     minutes: float | None = 20,
     seed: int = 0,
     covariates: Sequence[str] = (),
-    masks: Masks = "none",
+    masks: Masks = "auto",
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
     force: bool = False,
+    **making: Any,
 ) -> Augmented:
-    """Learn the scans of a folder and write new ones beside nothing of theirs.
+    """Make scans of the kind that a folder holds, with their labels and masks, in the folder's own layout.
 
-    `out` gets the synthetic scans in the layout of `data` (class sub-folders stay), `manifest.csv`,
-    `contact_sheet.png`, `run.json` and the trained `bundle`. A model that is told covariates is told invented
-    ones, which the manifest states; one that is given masks is given the training scans' in turn, and
-    `masks` holds a copy beside each scan (that outline is a patient's, the scan is not).
+    `out` gets the scans, `manifest.csv` (class, mask, split 'train', origin, how, model, seed, sources, scores),
+    `README.md`, `privacy.json`, `contact_sheet.png`, `run.json` and, where a model was learned, the `bundle`. What
+    shows or names patients, such as thumbnails of rejected copies and the table of sources, goes to `OUT.private`.
 
     Args:
         data: a folder, zip, CSV or .npz of scans.
         out: a folder that must not exist.
-        n: how many scans in all; default 20, or as many as there are classes times ten.
-        per_class: how many of each class instead.
-        bundle: use this trained bundle instead of learning; `data` then serves the copy test.
+        bundle: use this trained bundle instead of learning; `data` are the scans it was trained on.
         format: 'auto' writes what `data` is made of.
-        preset, label, domain, overrides, minutes, seed, covariates, masks, device, options: as for `train`.
+        preset, label, domain, overrides, minutes, seed, covariates, masks, device, options: as for `train`; masks
+            'auto' learns scans together with their masks where they have masks.
         force: replace an existing output.
+        **making: how many scans, of which class, in which way: the fields of `medgen.tasks.ways.orders.Making`, such
+            as `n=100`, `balance=True`, `how='classic'`.
 
     Raises:
         DataError, ConfigError, CapabilityError, TrainingError, PrivacyError, OutputError.
+
+    >>> import medgen
+    >>> medgen.augment("data_samples/heads", "more", how="classic", n=4)  # doctest: +SKIP
     """
+    asked = _making(making)
     choices = Choices(preset, label, domain, list(overrides), minutes, seed, list(covariates), masks)
     settings = {
-        "data": str(Path(data).resolve()), "n": n, "per_class": per_class, "bundle": str(bundle), "format": format,
-        **choices.settings(), "options": vars(options),
+        "data": str(Path(data).resolve()), **asked.settings(), "bundle": None if bundle is None else str(bundle),
+        "format": format, **choices.settings(), "options": vars(options),
     }  # fmt: skip
     work = Workspace(out, settings, force=force)
+    require_private(out, force=force or work.resumed)
     with io.opened(data) as place:
         given = None if bundle is None else Bundle.load(bundle)
-        plan = plan_training(place, choices, options)
-        require_whole(given.recipe if given else plan.recipe, given.name if given else plan.preset, "augment")
-        if given:
-            _require_sampling(given)
-            # Copies are told by the splits of training, whatever this run's seed would make of the folder.
-            plan = replace(plan, manifest=require_training_scans(given, place, options))
-        _require_several({row.patient for row in plan.manifest.rows if row.split in ("train", "val")})
-        wanted = _wanted(given.model.config.classes if given else plan.model.classes, n, per_class)
-        chosen = _format(format, plan.manifest)
-        first = f"use the bundle {Path(bundle).name}" if bundle else f"learn {len(plan.manifest.split('train'))} scans"
-        bound = "" if bundle or minutes is None else f" for at most {minutes:g} minutes"
-        note(f"Plan: {first}{bound}, then write {len(wanted)} synthetic scans ({chosen}) to {out}.")
+        plan = _plan(place, choices, given, asked, options)
+        train = plan.manifest.split("train")
+        layout = layout_of(data, plan.manifest, format, masked=_masked(asked, plan, given))
+        wanted = _orders(asked, plan, given)
+        _announce(plan, given, asked, layout, wanted)
         work.record()
-        if given:
-            trained = given
-        elif "bundle" in work.done:
-            trained = Bundle.load(work.folder / "bundle")
-        else:
-            trained = learn(plan, work, seed=seed, device=device, options=options, place=work.folder / "bundle")
-            work.record("bundle")
-        _require_sampling(trained)
-        source = _Source(trained, seed, _seen(trained, plan.found.lattice), _masks(trained, plan, chosen, options))
-        detector, test = _copy_detector(plan.manifest, trained, options, seed)
+        trained = given or (_learned(plan, work, seed, device, options) if asked.needs_model else None)
+        recipe = trained.recipe if trained else plan.recipe
+        known = known_scans(plan.manifest, ("train", "val"), recipe, options)
+        held = known_scans(plan.manifest, ("calibration",), recipe, options)
+        if known is None:
+            raise DataError("No scan is left to learn from. Check the messages above.")
+        gates = Gates(known, held, trained, reject=asked.reject, seed=seed)
+        material = Material(train, recipe, options, seed, trained, asked.tell)
+        grid = _seen(trained, plan.found.lattice) if trained else None
+        ways = {how: way_of(how, material, asked, grid) for how in asked.ways}
+        audit = Audit(known, held, trained, work, recipe, seed=seed)
+        target = Output(work.folder, layout, _facts(trained, seed))
         with work.writing():
-            written, rejected = _generate(source, wanted, chosen, detector, test, work)
-            _finish_files(written, trained, chosen, work, seed)
-        facts = {"written": len(written), "copies_rejected": rejected, "copy_test": test.to_dict()}
-        work.finish({"command": "augment", "settings": settings, "weights_sha256": trained.weights_sha256, **facts})
-        return Augmented(Path(out), len(written), rejected, test, chosen)
+            audit.recall(_rows(work, wanted))
+            tally = generate(wanted, ways, gates, target, work, audit)
+            rows = _rows(work, wanted)
+            found = _found(rows, tally, gates, audit)
+            _sheet(work.folder, target.finish(rows), trained, seed)
+            write_card(work.folder, found, layout, trained)
+            private = audit.private(train, rows)
+        work.finish({"command": "augment", "settings": settings, "weights_sha256": trained and trained.weights_sha256,
+                     "layout": layout.kind, "seconds_of": dict(tally.seconds), **found})  # fmt: skip
+    return Augmented(Path(out), format=layout.format, layout=layout.kind, private=private, **found)
 
 
 # -- decisions -----------------------------------------------------------------------------------
 
 
-def _require_sampling(bundle: Bundle) -> None:
-    if not can(bundle.model, "samples"):
-        raise CapabilityError(
-            f"{bundle.name} cannot augment: it does not sample. Models that can: {families_that('samples')}."
-        )
+def _making(fields: Mapping[str, Any]) -> Making:
+    if unknown := sorted(set(fields) - set(Making.__dataclass_fields__)):
+        known = ", ".join(Making.__dataclass_fields__)
+        raise ConfigError(f"augment takes no {unknown[0]!r}. What says which scans to make: {known}.")
+    return Making(**fields)
 
 
-def _require_several(patients: Collection[str]) -> None:
-    if len(patients) < 2:
-        raise PrivacyError(
-            f"There is {len(patients)} patient to learn from, so whatever a model draws shows that patient, and copies "
-            "cannot be told. Add scans of more patients."
-        )
+def _plan(place: Path, choices: Choices, given: Bundle | None, asked: Making, options: ReadOptions) -> Plan:
+    """What to learn from; with a bundle, the scans it has learned from, in the splits of then."""
+    plan = plan_training(place, choices, options)
+    if given:
+        if "sample" in asked.ways:
+            require_sampling(given)
+        # Copies are told by the splits of training, whatever this run's seed would make of the folder.
+        plan = replace(plan, manifest=require_training_scans(given, place, options))
+    require_several([row.patient for row in plan.manifest.rows if row.split in ("train", "val")])
+    return plan
 
 
-def _masks(bundle: Bundle, plan: Plan, chosen: str, options: ReadOptions) -> list[Tensor]:
-    """What a model that draws scans for given masks is given; empty for others."""
-    if not told_of(bundle.model.config)["context"]:
-        return []
-    if chosen == "npz":
-        raise ConfigError("Scans drawn for given masks need a place for the masks, which .npz has not. Use --format.")
-    note("Scans are drawn for the training scans' masks in turn; masks/ will hold outlines of real findings.")
-    return masks_of(plan.manifest, bundle.recipe, options, bundle.model.config.labels)
+def _orders(asked: Making, plan: Plan, given: Bundle | None) -> list[Order]:
+    labels = tuple(sorted(set(plan.manifest.split("train").labels)))
+    several = len(labels) > 1 and all(row.label for row in plan.manifest.rows)
+    classes = labels if several else ()
+    if "sample" in asked.ways:
+        classes = (given.model.config if given else plan.model).classes
+    wanted = orders(asked, plan.manifest.split("train"), classes)
+    # Of a folder with one class, or of one that was chosen, every scan is of that class.
+    only = labels[0] if len(labels) == 1 else ""
+    return [replace(one, label=one.label or only) for one in wanted]
+
+
+def _masked(asked: Making, plan: Plan, given: Bundle | None) -> bool | None:
+    """Whether each scan that will be written has a mask; None: as their sources have."""
+    return bool((given.model.config if given else plan.model).labels) if tuple(asked.ways) == ("sample",) else None
+
+
+def _facts(bundle: Bundle | None, seed: int) -> Facts:
+    return Facts(bundle.name, bundle.weights_sha256, seed) if bundle else Facts(seed=seed)
+
+
+def _announce(plan: Plan, given: Bundle | None, asked: Making, layout: Layout, wanted: Sequence[Order]) -> None:
+    ways = ", ".join(f"{count} by {how}" for how, count in Counter(one.how for one in wanted).items())
+    first = f"learn {len(plan.manifest.split('train'))} scans, " if asked.needs_model and not given else ""
+    note(f"Plan: {first}make {ways}, write {layout.format} files ({layout.kind}).")
+
+
+def _learned(plan: Plan, work: Workspace, seed: int, device: str, options: ReadOptions) -> Bundle:
+    """The model, trained now or by the run that was interrupted."""
+    place = work.folder / "bundle"
+    if "bundle" in work.done:
+        return Bundle.load(place)
+    trained = learn(plan, work, seed=seed, device=device, options=options, place=place)
+    work.record("bundle")
+    return trained
 
 
 def _seen(bundle: Bundle, lattice: Grid | None) -> Grid:
@@ -180,216 +223,29 @@ def _seen(bundle: Bundle, lattice: Grid | None) -> Grid:
     return window.crop(first.tolist(), (last - first + 1).tolist())
 
 
-def _wanted(classes: Sequence[str], n: int | None, per_class: int | None) -> list[tuple[str, str]]:
-    """(name, class) of every scan to write."""
-    if per_class is not None and not classes:
-        raise ConfigError("--per-class needs scans with classes (sub-folders, or a label column). Use --n.")
-    if per_class is not None and n is not None:
-        raise ConfigError("--n and --per-class exclude each other.")
-    if per_class is None:
-        total = n if n is not None else (10 * len(classes) if classes else 20)
-        labels = [classes[i % len(classes)] if classes else "" for i in range(total)]
-    else:
-        labels = [name for name in classes for _ in range(per_class)]
-    if not labels or min(len(labels), n if n is not None else 1) < 1:
-        raise ConfigError("The number of scans to write must be at least 1.")
-    digits = max(4, len(str(len(labels))))
-    return [(f"SYN-{i + 1:0{digits}d}", label) for i, label in enumerate(labels)]
+# -- what is told --------------------------------------------------------------------------------
 
 
-def _format(asked: Format, manifest: Manifest) -> str:
-    kinds = [row.kind for row in manifest.rows]
-    return _FORMAT_OF[max(sorted(set(kinds)), key=kinds.count)] if asked == "auto" else asked
+def _rows(work: Workspace, wanted: Sequence[Order]) -> list[dict[str, Any]]:
+    """The table's rows of what is written already."""
+    return [work.done[f"scan {one.name}"] for one in wanted if f"scan {one.name}" in work.done]
 
 
-def _copy_detector(
-    manifest: Manifest, bundle: Bundle, options: ReadOptions, seed: int
-) -> tuple[CopyDetector, CopyTest]:
-    """Compare with everybody the model may have learnt from; the threshold comes from those it did not."""
-    known = manifest.split("train")
-    rows = (*known.rows, *manifest.split("val").rows)
-    held = tuple(row for row in manifest.rows if row.split in ("calibration", "test"))
-    owners = {row.case: row.patient for row in rows}
-    train = ScanDataset(_part(manifest, rows), bundle.recipe, options=options)
-    items = [train[i] for i in range(len(train))]
-    _require_several({owners[item["case"]] for item in items})
-    detector = CopyDetector(torch.stack([item["x"] for item in items]), [owners[item["case"]] for item in items])
-    if not held:
-        note("No held-out scan: copies are told with the threshold r = 0.5.")
-        return detector, CopyTest(0.5, 0.0, {}, 0, False)
-    new = ScanDataset(_part(manifest, held), bundle.recipe, options=options)
-    count = min(len(new), 200 if bundle.contract.planar else 40)
-    copies = 20 if bundle.contract.planar else 8
-    test = detector.calibrate(torch.stack([new[i]["x"] for i in range(count)]), copies=copies, seed=seed)
-    if not test.reliable:
-        worst = min(test.copies_caught, key=lambda kind: test.copies_caught[kind])
-        note(
-            f"On these scans copies are told imperfectly: {test.held_out_flagged:.0%} of held-out scans look like "
-            f"copies, {test.copies_caught[worst]:.0%} of {worst} copies are caught. Do not rely on the screening alone."
-        )
-    return detector, test
+def _found(rows: Sequence[Mapping[str, Any]], tally: Tally, gates: Gates, audit: Audit) -> dict[str, Any]:
+    return {
+        "written": dict(Counter(f"{row['origin']} by {row['how']}" for row in rows)),
+        "rejected": dict(tally.rejected),
+        "quality": gates.unlike(),
+        "privacy": {"copies": gates.copy_test.to_dict(), **audit.report()},
+    }
 
 
-def _part(manifest: Manifest, rows: Sequence[Row]) -> Manifest:
-    return replace(manifest, rows=tuple(rows))
+def _sheet(folder: Path, rows: Sequence[Mapping[str, Any]], bundle: Bundle | None, seed: int) -> None:
+    """A picture of the first scans."""
+    shown = [io.read(";".join(str(folder / part) for part in row["path"].split(";")), _OWN) for row in rows[:_SHOWN]]
+    origins = " and ".join(sorted({str(row["origin"]).upper() for row in rows}))
+    made = f" by {bundle.name}" if bundle else ""
+    contact_sheet(shown, folder / "contact_sheet.png", title=f"{origins}: {len(rows)} scans made{made}, seed {seed}")
 
 
-# -- generation ----------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, eq=False)
-class _Source:
-    """Where synthetic scans come from.
-
-    Args:
-        bundle: what draws them.
-        seed: decides everything.
-        grid: what of the model's window is written: padding is not.
-        masks: to draw scans for, in turn; empty where the model takes none.
-    """
-
-    bundle: Bundle
-    seed: int
-    grid: Grid
-    masks: Sequence[Tensor]
-
-    def cells(self, index: int) -> dict[str, str]:
-        """The covariates of scan `index`."""
-        return drawn_cells(told_of(self.bundle.model.config)["covariates"], derived_seed(self.seed, index))
-
-    def mask(self, index: int) -> Tensor | None:
-        """The mask (1, *space) of scan `index`."""
-        return self.masks[index % len(self.masks)] if self.masks else None
-
-    def draw(self, index: int, draw: int, label: str) -> Tensor:
-        """Values (c, *space) in [0, 1]."""
-        model, mask = self.bundle.model, self.mask(index)
-        given = {} if mask is None else {"context": mask[None]}
-        cond = conditions_for(model.config, [label], [self.cells(index)])
-        seed = derived_seed(self.seed, index, draw)
-        return cast(Samples, model).sample(1, seed=seed, cond=cond, **given)[0].clamp(0, 1)
-
-
-def _generate(
-    source: _Source,
-    wanted: Sequence[tuple[str, str]],
-    chosen: str,
-    detector: CopyDetector,
-    test: CopyTest,
-    work: Workspace,
-) -> tuple[list[dict[str, Any]], int]:
-    """Draw, screen and write every scan not in the journal; a copy is drawn again under the next number."""
-    rejected = 0
-    with progress("Generating", len(wanted)) as bar:
-        for index, (name, label) in enumerate(wanted):
-            if f"scan {name}" not in work.done:
-                values, draws, ratio = _new_scan(source, index, label, detector, test)
-                place = _write(source, values, name, label, chosen, work.folder)
-                row = {"case": name, "patient": name, "path": place, "label": label, "draws": draws, "r": ratio}
-                if (mask := source.mask(index)) is not None:
-                    row["mask"] = _write_mask(source, mask, name, chosen, work.folder)
-                work.record(f"scan {name}", row | {"covariates": source.cells(index)})
-            rejected += work.done[f"scan {name}"]["draws"] - 1
-            bar.advance()
-    return [work.done[f"scan {name}"] for name, _ in wanted], rejected
-
-
-def _new_scan(
-    source: _Source, index: int, label: str, detector: CopyDetector, test: CopyTest
-) -> tuple[Tensor, int, float]:
-    for draw in range(_MOST_DRAWS):
-        values = source.draw(index, draw, label)
-        ratio = detector.nearest(values)[0]
-        if ratio >= test.threshold:
-            return values, draw + 1, round(ratio, 4)
-    raise PrivacyError(
-        f"{_MOST_DRAWS} draws in a row copied training scans: the model has memorised them. Nothing was written. "
-        "Train on more scans, or for a shorter time."
-    )
-
-
-def _write_mask(source: _Source, mask: Tensor, name: str, chosen: str, folder: Path) -> str:
-    """Write the mask that a scan was drawn for; returns its path relative to `folder`."""
-    drawn = source.bundle.contract.physical_scan(mask.numpy().astype(np.uint8), Scale()).onto(source.grid, outside=0)
-    target = folder / "masks" / f"{name}{'.png' if chosen == 'png' else '.nii.gz'}"
-    target.parent.mkdir(exist_ok=True)
-    target.unlink(missing_ok=True)
-    io.write(replace(drawn, is_label=True), target)
-    return target.relative_to(folder).as_posix()
-
-
-def _write(source: _Source, values: Tensor, name: str, label: str, chosen: str, folder: Path) -> str:
-    """Write one scan into the layout; returns its path relative to `folder`."""
-    bundle = source.bundle
-    scan = synthetic_scan(bundle, values).onto(source.grid, outside=0)
-    place = Path(file_name(label)) if label else Path("images" if chosen in ("nifti", "png") else "")
-    (folder / place).mkdir(parents=True, exist_ok=True)
-    if chosen == "dicom":
-        from medgen.io.dicom.write import Provenance, write_series
-
-        made = Provenance(
-            description="Scan generated from noise by a model; shows nobody",
-            model=bundle.name,
-            weights_sha256=bundle.weights_sha256,
-            seed=source.seed,
-            content="synthetic",
-        )
-        target = folder / place / name
-        if not target.exists():
-            write_series(scan, target, provenance=made, name=name)
-        return (place / name).as_posix()
-    if chosen == "npz":
-        target = folder / "arrays" / f"{name}.nii.gz"
-        target.parent.mkdir(exist_ok=True)
-        io.write(scan, target)
-        return target.relative_to(folder).as_posix()
-    suffix = {"nifti": ".nii.gz", "png": ".png"}[chosen]
-    target = folder / place / f"{name}{suffix}"
-    target.unlink(missing_ok=True)
-    io.write(scan, target)
-    return target.relative_to(folder).as_posix()
-
-
-def synthetic_scan(bundle: Bundle, values: Tensor) -> Scan:
-    """Generated values (c, *space) as a scan in the training scans' unit, whole numbers where theirs were."""
-    scan = bundle.contract.physical_scan(values.cpu().numpy().astype(np.float32))
-    if not bundle.contract.integers:
-        return scan
-    physical = np.round(scan.physical())
-    low, high = physical.min(), physical.max()
-    kind = next(
-        k for k in (np.uint8, np.int16, np.uint16, np.int32) if np.iinfo(k).min <= low and high <= np.iinfo(k).max
-    )
-    return scan.with_voxels(physical.astype(kind), scale=Scale(unit=bundle.contract.unit))
-
-
-def _finish_files(written: Sequence[dict[str, Any]], bundle: Bundle, chosen: str, work: Workspace, seed: int) -> None:
-    """The manifest, the contact sheet, and the .npz that collects small arrays."""
-    shown = [io.read(work.folder / row["path"], _OWN) for row in written[:24]]
-    title = f"SYNTHETIC: {len(written)} scans generated by {bundle.name}, seed {seed}"
-    contact_sheet(shown, work.folder / "contact_sheet.png", title=title)
-    if chosen == "npz":
-        written = _as_npz(written, work.folder)
-    columns = ["case", "patient", "path", "label", "split", "synthetic", "r"]
-    columns += [name for name in ("mask", *written[0]["covariates"]) if name in written[0] | written[0]["covariates"]]
-    with (work.folder / "manifest.csv").open("w", newline="", encoding="utf-8") as file:
-        writer = csv.DictWriter(file, columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows({"split": "train", "synthetic": "yes", **row, **row["covariates"]} for row in written)
-
-
-def _as_npz(written: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
-    import shutil
-
-    from medgen.io.raster import as_pictures, write_npz
-
-    scans = [io.read(folder / row["path"], _OWN) for row in written]
-    labels = sorted({row["label"] for row in written})
-    ids = np.asarray([[int(row["label"]) if row["label"].isdigit() else labels.index(row["label"])] for row in written])
-    (folder / "synthetic.npz").unlink(missing_ok=True)
-    write_npz(folder / "synthetic.npz", {"train": as_pictures(scans)}, {"train": ids})
-    shutil.rmtree(folder / "arrays")
-    return [{**row, "path": f"synthetic.npz#train/{n}"} for n, row in enumerate(written)]
-
-
-__all__ = ["Augmented", "augment", "synthetic_scan"]
+__all__ = ["Augmented", "augment"]
