@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from scipy.ndimage import binary_dilation
+from skimage.measure import label
 
 from medgen import io
 from medgen.bundle import Bundle, Contract
@@ -30,6 +31,7 @@ from medgen.tasks.ways.classic import ClassicWay
 from medgen.tasks.ways.edit import EditWay
 from medgen.tasks.ways.interpolate import InterpolateWay
 from medgen.tasks.ways.lesion import LesionWay
+from medgen.tasks.ways.shapes import Shapes
 from medgen.tasks.ways.sources import patient_name, source_name
 
 SHAPE = (18, 22, 18)
@@ -55,7 +57,7 @@ class Listener:
 
 
 def table(folder: Path, rows: list[dict[str, str]]) -> Path:
-    names = sorted({name for row in rows for name in row})
+    names = sorted({"split", *(name for row in rows for name in row)})
     with (folder / "scans.csv").open("w", newline="") as file:
         writer = csv.DictWriter(file, names, restval="")
         writer.writeheader()
@@ -306,7 +308,7 @@ def with_model(material: Material, kind: dict, **changes) -> Material:
     """The material with a small model, fitted where that has a closed form, of random weights else."""
     seen = [io.read(material.manifest.locate(row.path)) for row in material.manifest.rows]
     ready = material.recipe(seen[0])
-    joint = len(kind.get("labels", ()))
+    joint = 0 if "context" in kind else len(kind.get("labels", ()))
     told = {"shape": material.recipe.seen, "channels": seen[0].channels + joint} | kind
     torch.manual_seed(0)
     model = build(config_of(told))
@@ -500,3 +502,74 @@ def test_what_cannot_be_changed_is_refused(told, vary, says):
 def test_a_model_that_was_told_nothing_edits_nothing(heads):
     with pytest.raises(ConfigError, match="told none"):
         EditWay(with_model(heads, MIXTURE), {"age": "40:80"})
+
+
+# -- masks that scans are drawn for ----------------------------------------------------------------------
+
+GIVEN = {"kind": "flow", "width": 4, "levels": 1, "steps": 2, "context": 1, "labels": (2,)}
+
+
+@pytest.fixture(scope="module")
+def outlined(tmp_path_factory) -> Material:
+    """Ten images with a dark ring in a bright disc of varying size and place, labels 1 and 4."""
+    folder, rows = tmp_path_factory.mktemp("outlined"), []
+    grid = Grid((32, 40, 1), np.diag([1.0, 1.5, 1.0, 1.0]))
+    at = indices(grid.shape) * grid.spacing
+    for n in range(10):
+        away = np.linalg.norm(at - [14 + n % 4, 28 + n % 3, 0], axis=-1)
+        mask = np.where(away < 5 + 0.3 * n, 4, np.where(away < 10 + 0.3 * n, 1, 0)).astype(np.uint8)[None]
+        io.write(Scan((100 + 20 * mask).astype(np.int16), grid), folder / f"x{n}.nii.gz")
+        io.write(Scan(mask, grid, is_label=True), folder / f"x{n}_mask.nii.gz")
+        rows.append({"path": f"x{n}.nii.gz", "mask": f"x{n}_mask.nii.gz", "patient": f"p{n}", "case": f"x{n}"})
+    recipe = Recipe(steps=(CropOrPad(shape=(32, 40, 1)), Window(low=0, high=255)))
+    return with_model(Material(index(table(folder, rows)), recipe), GIVEN | {"context": 2, "labels": (1, 4)})
+
+
+@pytest.mark.parametrize("kind", ["real", "deformed", "sampled"])
+def test_shapes(outlined, kind):
+    shapes = Shapes(outlined, kind)
+    found = [shapes(i) for i in range(12)]
+    assert shapes.kind == kind
+    assert torch.equal(Shapes(outlined, kind)(7)[0], found[7][0])
+    real = {tuple(Shapes(outlined, "real")(i)[0].flatten().tolist()) for i in range(10)}
+    for drawn, sources in found:
+        assert drawn.shape == (2, 32, 40)
+        assert set(drawn.unique().tolist()) == {0, 1}
+        assert drawn.sum(0).max() == 1
+        assert len(sources) == (kind != "sampled")
+        assert (tuple(drawn.flatten().tolist()) in real) == (kind == "real")
+        # A disc within a ring: one part each, and of what is not the ring the disc and the rest.
+        assert [label(channel, return_num=True)[1] for channel in drawn.numpy()] == [1, 1]
+        assert label(1 - drawn[0].numpy(), return_num=True, connectivity=1)[1] == 2
+    assert len({tuple(drawn.flatten().tolist()) for drawn, _ in found}) == (10 if kind == "real" else 12)
+    if kind != "sampled":
+        assert {sources for _, sources in found[:10]} == {(source_name(row),) for row in outlined.manifest.rows}
+
+
+def test_shapes_of_volumes(heads):
+    given = with_model(heads, GIVEN)
+    with reporting(listener := Listener()):
+        shapes = Shapes(given, "sampled")
+    assert shapes.kind == "deformed"
+    assert ["too little" in note for note in listener.notes] == [True]
+    real, deformed = Shapes(given)(0), shapes(0)
+    assert real[0].shape == deformed[0].shape == (1, 16, 20, 16)
+    assert real[1] == (source_name(next(row for row in heads.manifest.rows if source_name(row) == real[1][0])),)
+    row = next(row for row in heads.manifest.rows if source_name(row) == deformed[1][0])
+    drawn = io.read(heads.manifest.locate(row.mask)).onto(HEADS.grid(original_of(row, heads)), outside=0)
+    assert 0.3 < 2 * (deformed[0][0].numpy() * (drawn.voxels[0] > 0)).sum() / (
+        deformed[0].sum() + (drawn.voxels > 0).sum()
+    ) < 1  # fmt: skip
+
+
+def original_of(row, material: Material) -> Scan:
+    return io.read(material.manifest.locate(row.path))
+
+
+def test_shapes_are_for_models_that_are_given_masks(heads, chests, unchecked_types):
+    with pytest.raises(ConfigError, match="given none"):
+        Shapes(with_model(heads, MIXTURE))
+    with pytest.raises(DataError, match="no training scan"):
+        Shapes(with_model(chests, GIVEN))
+    with pytest.raises(ConfigError, match="one of real"):
+        Shapes(with_model(heads, GIVEN), "round")

@@ -143,12 +143,17 @@ class Classical(BaseModel):
         moved = _resampled(values, looks, 3 if planar else "bilinear")
         made = stored_as(work, self._valued(moved, values, work.grid))
         made = made.onto(scan.grid, outside=0)
-        if mask is None:
-            return made, None
+        return made, None if mask is None else self._moved(mask, looks)
+
+    def moved(self, mask: Scan) -> Scan:
+        """A label map on its own grid, moved as a scan would be."""
+        return self._moved(mask, torch.from_numpy(self._looks(flat(mask).grid)))
+
+    def _moved(self, mask: Scan, looks: Tensor) -> Scan:
         drawn = flat(mask)
         regions = _resampled(drawn.voxels, looks, "nearest").astype(drawn.voxels.dtype)
         label = replace(drawn.with_header(synthetic=True, padding=None), voxels=regions, is_label=True, valid=None)
-        return made, label.onto(mask.grid, outside=0)
+        return label.onto(mask.grid, outside=0)
 
     # -- where voxels look -------------------------------------------------------------------------
 
