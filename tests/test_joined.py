@@ -148,3 +148,18 @@ def test_the_plan_says_who_was_left_out(both):
     with reporting(notes):
         plan_training(both, Choices("gmm", domain="T1w+T2w"))
     assert any("Left out: sub-03 (no T2w to join)" in said for said in notes.said)
+
+
+def test_a_class_of_one_patient_is_spoken_of_and_one_that_nobody_is_left_to_learn_from_is_left_out(tmp_path):
+    rng = np.random.default_rng(0)
+    lines = ["path,patient,label,split"]
+    for n, label in enumerate(["common"] * 6 + ["rare", "alone"]):
+        io.write(Scan(rng.integers(0, 255, (1, 8, 8, 8)).astype(np.uint8), GRID), tmp_path / f"{n}.nii.gz")
+        lines.append(f"{n}.nii.gz,p{n},{label},{'test' if label == 'alone' else 'train'}")
+    (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
+    notes = Notes()
+    with reporting(notes):
+        plan = plan_training(tmp_path / "table.csv", Choices("gmm"))
+    assert plan.model.classes == ("common", "rare")
+    assert any("No scan is left to learn alone from" in said for said in notes.said)
+    assert any("One patient is left to learn rare from" in said for said in notes.said)

@@ -11,7 +11,7 @@ from medgen.bundle import Bundle
 from medgen.data.covariates import Covariate, covariates_of
 from medgen.data.manifest import Manifest, Row
 from medgen.errors import ConfigError, DataError
-from medgen.tasks.conditions import checked_cells, conditions_for, drawn_cells
+from medgen.tasks.conditions import checked_cells, conditions_for, drawn_cells, told_of
 from medgen.tasks.plan import Choices, plan_training
 
 
@@ -108,7 +108,7 @@ def test_a_model_is_told_words(xrays, tmp_path):
         lines.append(f"{path},case {n}x {'large' if n % 2 else 'small'} heart {'with cyst' if n % 3 else ''}")
     (tmp_path / "table.csv").write_text("\n".join(lines) + "\n")
     choices = Choices("vae", covariates=["report"], overrides=("model.width=4", "model.latent=4"))
-    (one,) = plan_training(tmp_path / "table.csv", choices).model.covariates
+    (one,) = told_of(plan_training(tmp_path / "table.csv", choices).model)["covariates"]
     assert one.words == ("cyst", "large", "small", "with")
     made = medgen.train(
         tmp_path / "table.csv", tmp_path / "b", preset="vae", covariates=["report"], minutes=None,
