@@ -83,7 +83,7 @@ def heads(tmp_path_factory) -> Material:
             io.write(mask.with_voxels(2 * mask.voxels), folder / f"Doe_{seed}_mask.nii.gz")
             row["mask"] = f"Doe_{seed}_mask.nii.gz"
         rows.append(row)
-    return Material(index(table(folder, rows)), HEADS, seed=5)
+    return Material(index(table(folder, rows)), HEADS, io.ReadOptions(), seed=5)
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +93,7 @@ def chests(tmp_path_factory) -> Material:
     for seed in range(4):
         io.write(chest_xray(seed, size=40), folder / f"x{seed}.nii.gz")
     rows = [{"path": f"x{seed}.nii.gz", "split": "train"} for seed in range(4)]
-    return Material(index(table(folder, rows)), CHESTS)
+    return Material(index(table(folder, rows)), CHESTS, io.ReadOptions())
 
 
 def same(a: Made, b: Made) -> bool:
@@ -207,9 +207,10 @@ def test_left_and_right_are_exchanged_only_on_demand():
 
 
 def test_values_with_a_unit_keep_their_meaning():
-    drawn = [Classical.drawn(seed, ct_block(0, shape=(12, 10, 6))) for seed in range(8)]
+    block, chest = ct_block(0, shape=(12, 10, 6)), chest_xray(0, size=32)
+    drawn = [Classical.drawn(seed, block) for seed in range(8)]
     assert all(one.gamma == 1 and not one.shading for one in drawn)
-    assert len({Classical.drawn(seed, chest_xray(0, size=32)).gamma for seed in range(8)}) == 8
+    assert len({Classical.drawn(seed, chest).gamma for seed in range(8)}) == 8
 
 
 def test_bending_never_folds():
@@ -283,7 +284,7 @@ def test_classic_way_of_images_without_classes(chests):
 def test_a_scan_that_cannot_be_read_is_named_once_and_left_out(chests, tmp_path):
     for path in chests.manifest.root.glob("*.nii.gz"):
         (tmp_path / path.name).write_bytes(path.read_bytes() if path.name != "x1.nii.gz" else b"nothing")
-    broken = Material(moved_to(chests, tmp_path), CHESTS)
+    broken = Material(moved_to(chests, tmp_path), CHESTS, io.ReadOptions())
     with reporting(listener := Listener()):
         found = ClassicWay(broken).make("", 0, 8)
     assert len(found) == 8
@@ -298,7 +299,7 @@ def moved_to(material: Material, root: Path):
 def test_nobody_held_out_is_a_source(chests):
     rows = tuple(replace(row, split="test") for row in chests.manifest.rows)
     with pytest.raises(LeakageError, match="training scans alone"):
-        ClassicWay(Material(replace(chests.manifest, rows=rows), CHESTS))
+        ClassicWay(Material(replace(chests.manifest, rows=rows), CHESTS, io.ReadOptions()))
 
 
 # -- models ----------------------------------------------------------------------------------------------
@@ -522,7 +523,9 @@ def outlined(tmp_path_factory) -> Material:
         io.write(Scan(mask, grid, is_label=True), folder / f"x{n}_mask.nii.gz")
         rows.append({"path": f"x{n}.nii.gz", "mask": f"x{n}_mask.nii.gz", "patient": f"p{n}", "case": f"x{n}"})
     recipe = Recipe(steps=(CropOrPad(shape=(32, 40, 1)), Window(low=0, high=255)))
-    return with_model(Material(index(table(folder, rows)), recipe), GIVEN | {"context": 2, "labels": (1, 4)})
+    return with_model(
+        Material(index(table(folder, rows)), recipe, io.ReadOptions()), GIVEN | {"context": 2, "labels": (1, 4)}
+    )
 
 
 @pytest.mark.parametrize("kind", ["real", "deformed", "sampled"])
