@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from medgen.tasks.evaluate import evaluate
     from medgen.tasks.learn import train
     from medgen.tasks.look import info, list_models
+    from medgen.tasks.synthetic import SyntheticDataset
     from medgen.tasks.walks import interpolate, traverse
 
 _HOME = {
@@ -41,6 +42,7 @@ _HOME = {
     "Recipe": "medgen.data.recipe",
     "Scale": "medgen.scan",
     "Scan": "medgen.scan",
+    "SyntheticDataset": "medgen.tasks.synthetic",
     "augment": "medgen.tasks.augment",
     "compare": "medgen.tasks.compare",
     "convert": "medgen.tasks.convert",
@@ -79,6 +81,7 @@ __all__ = [
     "Recipe",
     "Scale",
     "Scan",
+    "SyntheticDataset",
     "augment",
     "compare",
     "convert",

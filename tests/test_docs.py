@@ -22,6 +22,7 @@ PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md"), *ROOT.glob("data_sa
 RECIPES = {
     "brain_anomaly": "--healthy data_samples/heads --new data_samples/heads_ill --minutes 0.01",
     "chest_augment": "--data data_samples/xray --per-class 4 --minutes 0.01",
+    "mix_with_monai": "--data data_samples/xray --steps 4",
 }
 SMALL = ["fit.images=8", "model.width=8", "max_voxels=8000"]
 
@@ -112,6 +113,7 @@ def test_every_python_block_of_the_readme_runs(block, bench, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:NvImgCodecPydicomReader")
 @pytest.mark.parametrize("recipe", sorted((ROOT / "pipelines").glob("*.py")), ids=lambda recipe: recipe.stem)
 def test_every_recipe_runs_on_the_sample_scans(recipe, bench, monkeypatch, capsys):
     source = recipe.read_text(encoding="utf-8")
