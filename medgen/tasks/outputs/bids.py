@@ -17,7 +17,18 @@ from medgen.tasks.outputs.tables import write_json
 from medgen.tasks.ways.base import Made
 
 # What of medgen's own is no part of BIDS.
-_IGNORED = ("manifest.csv", "run.json", "journal.json", "*.part", "contact_sheet.png", "bundle/", "privacy*", "*.npz")
+_IGNORED = (
+    "manifest.csv",
+    "run.json",
+    "journal.json",
+    "*.part",
+    "contact_sheet.png",
+    "bundle",
+    "bundle/**",
+    "privacy*",
+    "privacy*/**",
+    "*.npz",
+)
 _DESCRIBED = {
     "participant_id": "Nobody, or the pseudonym of the patient whose scan was changed",
     "age": "Age that the scan was made for; of nobody where origin is synthetic",
@@ -61,6 +72,7 @@ def write_sidecars(folder: Path, row: Mapping[str, Any], layout: Layout) -> None
     if row["model"]:
         told |= {"GeneratorModel": row["model"], "WeightsSHA256": row["weights_sha256"]}
     told["Seed"] = row["seed"]
+    told["SkullStripped"] = layout.stripped
     for path in row["path"].split(";"):
         write_json(told, folder / f"{path.removesuffix('.nii.gz')}.json")
     if row["mask"]:

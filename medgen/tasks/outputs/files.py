@@ -31,6 +31,8 @@ _TAKEN = re.compile(
     re.I,
 )
 _LARGEST = 2**15 - 1
+# Parameter of scans that were drawn around the outlines of a patient's findings.
+_OUTLINE = "shape of"
 
 
 @dataclass(frozen=True)
@@ -97,7 +99,7 @@ class Output:
             "sources": sources, "parameters": dict(made.parameters),
         }  # fmt: skip
         if mask is not None:
-            row["mask"] = self._write_mask(mask, scan, label_stem, paths[0])
+            row["mask"] = self._write_mask(mask, made, label_stem, paths[0])
         if self.layout.kind == "bids":
             row["patient"] = stem.partition("/")[0]
             write_sidecars(self.folder, row, self.layout)
@@ -247,15 +249,19 @@ class Output:
         known = {0} | {n for value in self.layout.labels.values() for n in np.atleast_1d(value).tolist()}
         if self.layout.kind == "nnunet" and (strange := set(_present(labels)) - known):
             raise DataError(f"{name}: its mask holds the label {min(strange)}, which dataset.json does not name.")
-        header = Header(space=scan.header.space, synthetic=scan.header.synthetic)
+        drawn = scan.header.synthetic and _OUTLINE not in made.parameters
+        header = Header(space=scan.header.space, synthetic=drawn)
         return Scan(labels, scan.grid, Scale(), header, is_label=True)
 
-    def _write_mask(self, mask: Scan, scan: Scan, stem: str, beside: str) -> str:
+    def _write_mask(self, mask: Scan, made: Made, stem: str, beside: str) -> str:
         if self.layout.format == "dicom":
-            mask = self._on_series(mask, scan, beside)
+            mask = self._on_series(mask, made.scan, beside)
         ending = ".png" if self.layout.format == "png" else self.layout.ending or ".nii.gz"
         target = _free(self.folder / f"{stem}{ending}")
-        io.write(mask, target)
+        if self.layout.format == "png":
+            io.write(mask, target)
+        else:
+            write_nifti(mask, target, description=_description(mask, made))
         return target.relative_to(self.folder).as_posix()
 
     def _on_series(self, mask: Scan, scan: Scan, series: str) -> Scan:
@@ -295,6 +301,8 @@ def _pseudonym(name: str, letter: str) -> str:
 
 def _description(scan: Scan, made: Made) -> str:
     """What a NIfTI header says of a scan; '' leaves it to the writer."""
+    if scan.is_label and _OUTLINE in made.parameters:
+        return "A patient's outlines; the scan around them is synthetic"
     if made.origin == "synthetic":
         return ""
     return f"SYNTHETIC: made of a patient's scan ({made.how})" if scan.header.synthetic else "A patient's scan, changed"

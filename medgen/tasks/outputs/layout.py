@@ -45,6 +45,7 @@ class Layout:
         labels: nnU-Net's names of labels, each one number, or the numbers of a region.
         suffixes: BIDS's names of what was measured, one a channel, such as 'T1w'.
         mask: what a mask is called in BIDS: 'dseg' or 'label-lesion_mask'.
+        stripped: BIDS says of the scans that nothing but brain is left of them.
         ending: of scan files.
         apart: each channel has a file of its own.
         domain: of all scans, '' where there are several.
@@ -60,6 +61,7 @@ class Layout:
     labels: Mapping[str, Any] = field(default_factory=dict)
     suffixes: tuple[str, ...] = ()
     mask: str = "dseg"
+    stripped: bool = False
     ending: str = ".nii.gz"
     apart: bool = False
     domain: str = ""
@@ -201,7 +203,18 @@ def _bids(manifest: Manifest, paths: list[PurePosixPath]) -> Layout | None:
     masks = [row.mask.split(".")[0].rpartition("_")[2] for row in manifest.rows if row.mask]
     mask = "label-lesion_mask" if masks and _most(masks) in ("mask", "roi") else "dseg"
     domain = manifest.domains[0] if len(manifest.domains) == 1 else ""
-    return Layout("bids", "nifti", suffixes=names, mask=mask, apart=len(names) > 1, domain=domain)
+    stripped = any(_stripped(manifest.root / path) for path in paths[:20])
+    return Layout("bids", "nifti", (), {}, names, mask, stripped, apart=len(names) > 1, domain=domain)
+
+
+def _stripped(scan: Path) -> bool:
+    """Whether the sidecar of a scan says that it shows the brain alone."""
+    sidecar = scan.with_name(f"{scan.name.split('.')[0]}.json")
+    try:
+        told = json.loads(sidecar.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(told, dict) and told.get("SkullStripped") is True
 
 
 __all__ = ["Format", "Kind", "Layout", "layout_of"]
