@@ -6,10 +6,12 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pydicom
 import pytest
 import torch
 from scipy.ndimage import binary_dilation
 from skimage.measure import label
+from worlds import SAMPLES
 
 from medgen import io
 from medgen.bundle import Bundle, Contract
@@ -576,3 +578,17 @@ def test_shapes_are_for_models_that_are_given_masks(heads, chests, unchecked_typ
         Shapes(with_model(chests, GIVEN))
     with pytest.raises(ConfigError, match="one of real"):
         Shapes(with_model(heads, GIVEN), "round")
+
+
+def test_text_in_the_pixels_goes_nowhere(tmp_path):
+    for n, path in enumerate(sorted((SAMPLES / "xray" / "normal").iterdir())[:3]):
+        ds = pydicom.dcmread(path)
+        ds.BurnedInAnnotation = "YES" if n == 0 else "NO"
+        ds.save_as(tmp_path / f"x{n}.dcm")
+    found = index(tmp_path)
+    rows = tuple(replace(row, split="train") for row in found.rows)
+    material = Material(replace(found, rows=rows), CHESTS, io.ReadOptions())
+    with reporting(listener := Listener()):
+        made = ClassicWay(material).make("", 0, 6)
+    assert len({one.sources for one in made}) == 2
+    assert ["burned into" in note for note in listener.notes] == [True]
