@@ -327,4 +327,4 @@ def _parts(item: Any) -> Sequence[Any]:
     return item if isinstance(item, list) else [item]
 
 
-__all__ = ["MixedDataset", "SyntheticDataset"]
+__all__ = ["Indexed", "MixedDataset", "SyntheticDataset"]
