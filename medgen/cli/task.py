@@ -1,5 +1,6 @@
 """`medgen augment` and `medgen score`."""
 
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated, Literal
@@ -31,29 +32,43 @@ from medgen.cli.shared import (
     Xform,
     listed,
     next_command,
+    pairs,
     reading,
     say,
     speaking,
+    weights,
 )
 
 Written = Literal["auto", "nifti", "dicom", "png", "npz"]
+Ways = Literal["sample", "interpolate", "edit", "lesion", "classic", "mix"]
+Lesions = Literal["insert", "remove", "auto"]
+Drawn = Literal["real", "deformed", "sampled"]
 
 
 @app.command()
 def augment(
     data: Data,
     out: Out,
+    how: Annotated[Ways, typer.Option(help="Where scans come from: noise, or training scans.")] = "sample",
+    mix: Annotated[str, typer.Option(help="Parts of --how mix, such as sample=2,classic=1.")] = "",
     n: Annotated[int | None, typer.Option("-n", "--n", min=1, help="How many scans in all [default: 20].")] = None,
     per_class: Annotated[int | None, typer.Option(min=1, help="How many scans of each class.")] = None,
+    ratio: Annotated[float | None, typer.Option(help="How many for each training scan, such as 0.5.")] = None,
+    balance: Annotated[bool, typer.Option("--balance", help="Make classes equal.")] = False,
     format: Annotated[Written, typer.Option(help="auto: as the input.")] = "auto",
     bundle: Annotated[Path | None, typer.Option("-m", "--bundle", help="Use this bundle instead of training.")] = None,
+    tell: Annotated[str, typer.Option(help="Fix covariates of new scans, such as age=70,sex=F.")] = "",
+    vary: Annotated[str, typer.Option(help="For --how edit: what a covariate becomes, such as age=40:80.")] = "",
+    lesions: Annotated[Lesions, typer.Option(help="For --how lesion: put one in, or take it out.")] = "insert",
+    shapes: Annotated[Drawn, typer.Option(help="Masks to draw scans for, where the model is given masks.")] = "real",
+    reject: Annotated[float, typer.Option(help="Part of real scans the quality gate may reject; 0: no gate.")] = 0.01,
     preset: Preset = None,
     label: Label = None,
     domain: Domain = None,
     minutes: Minutes = 20,
     set_: Set = [],  # noqa: B006
     covariates: Covariates = "",
-    masks: Masks = "none",
+    masks: Masks = "auto",
     seed: Seed = 0,
     device: Device = "auto",
     on_gap: OnGap = "error",
@@ -65,7 +80,7 @@ def augment(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
-    """Learn a folder and write synthetic scans in the folder's own format; none copies a patient."""
+    """Make scans that a folder does not have, with labels and masks, in its own layout; none copies a patient."""
     options = reading(on_gap, on_tilt, xform, colour)
     choices = {
         "preset": preset, "label": label, "domain": domain, "overrides": set_, "minutes": minutes, "seed": seed,
@@ -78,17 +93,22 @@ def augment(
         from medgen.tasks.augment import augment as run
 
         done = run(
-            data, out, n=n, per_class=per_class, format=format, bundle=bundle, **choices, device=device,
-            options=options, force=force,
+            data, out, bundle=bundle, format=format, **choices, device=device, options=options, force=force, how=how,
+            mix=weights(mix), n=n, per_class=per_class, ratio=ratio, balance=balance, tell=pairs(tell, "--tell"),
+            vary=pairs(vary, "--vary"), lesions=lesions, shapes=shapes, reject=reject,
         )  # fmt: skip
-    test = done.copy_test
-    lines = [f"Wrote {done.written} synthetic scans ({done.format}) to {done.folder}; look at contact_sheet.png."]
-    lines.append(
-        f"Copies of training scans: {done.copies_rejected} drawn again, none written (r >= {test.threshold:.2f})."
-    )
-    lines.append(next_command(bundle or done.folder / "bundle", data))
-    facts = {"folder": done.folder, "written": done.written, "copies_rejected": done.copies_rejected}
-    say(lines, facts | {"format": done.format, "copy_test": test.to_dict()}, as_json)
+    lines = [f"Wrote {_counted(done.written)} ({done.format}, {done.layout}) to {done.folder}; see contact_sheet.png."]
+    lines.append(f"Rejected: {_counted(done.rejected) or 'none'}. {done.said}")
+    if done.private:
+        lines.append(f"{done.private} shows or names patients: keep it where their scans are kept.")
+    if bundle or (done.folder / "bundle").is_dir():
+        lines.append(next_command(bundle or done.folder / "bundle", data))
+    lines.append("Research use only, not a medical device.")
+    say(lines, asdict(done), as_json)
+
+
+def _counted(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{count} {name}" for name, count in counts.items())
 
 
 @app.command()

@@ -1,4 +1,4 @@
-"""What the scans that were written give away about the patients a model learned from, and what must not leave with them.
+"""What written scans give away about the patients a model learned from, and what must not leave with them.
 
 Only scans from noise are asked: derived ones show their sources, and say so. What shows or names patients is kept in a
 folder of its own beside the output: thumbnails of copies that were not written, and whose scans derived ones are.
@@ -29,15 +29,15 @@ from medgen.metrics.membership import Closeness, likelihood_attack
 from medgen.models.base import can
 from medgen.report.duplicates import duplicate_sheet
 from medgen.tasks.gates import Known, Verdict, log_densities, told_nothing_more
-from medgen.tasks.ways.base import Made, patient_name, source_name
+from medgen.tasks.ways.base import Made
+from medgen.tasks.ways.sources import patient_name, source_name
 from medgen.tasks.workspace import Workspace
 
 # Scans that closeness is told of at a time; pairs in the picture of copies; scans a likelihood attack compares.
 _AT_ONCE, _MOST_SHOWN, _MOST_ATTACKED = {2: 64, 3: 8}, 24, 500
 _README = (
-    "Patients\n========\n\nWhat is in this folder shows or names people whose scans a model learned from: copies of their "
-    "scans that\nwere not written, or which scans derived ones were made of. Keep it where those scans are kept; do not "
-    "hand it\non with the output beside it.\n"
+    "# Patients\n\nThis folder shows or names people: copies of their scans, which were not written, or of whose scans "
+    "others were made.\nKeep it where those scans are kept; do not hand it on with the output beside it.\n"
 )
 # What medgen wrote itself may be of three channels.
 _OWN = ReadOptions(colour=True)
@@ -83,7 +83,7 @@ class Audit:
 
     def copied(self, made: Made, verdict: Verdict, name: str) -> None:
         """A candidate that copies a training scan: it is listed, and not written."""
-        nearest = source_name(self._known.cases[verdict.nearest], self._known.patients[verdict.nearest])
+        nearest = source_name(self._known.rows[verdict.nearest])
         self._work.record(f"copy {name}", {"candidate": name, "nearest": nearest, **verdict.facts})
         if len(self._copies) < _MOST_SHOWN:
             self._copies.append(_Copy(made, verdict, name))
@@ -126,7 +126,7 @@ class Audit:
             return {}
         order = np.random.default_rng(self._seed).permutation(len(self._known))
         count = min(len(self._held), len(self._known), _MOST_ATTACKED)
-        members, others = self._known.rows(order[:count]), self._held.first(count)
+        members, others = self._known.take(order[:count]), self._held.take(np.arange(count))
         found = [log_densities(model, side.x, side.labels) for side in (members, others)]
         return {"likelihood_attack": likelihood_attack(*found, seed=self._seed).to_dict()}
 
@@ -140,7 +140,7 @@ class Audit:
             rows: of everything that was written.
         """
         copies = [facts for name, facts in self._work.done.items() if name.startswith("copy ")]
-        used = {source for row in rows for source in str(row.get("sources", "")).split(";") if source}
+        used = {source for row in rows for source in row["sources"]}
         place = private_place(self._work.out)
         if not copies and not used:
             return None
@@ -154,8 +154,10 @@ class Audit:
         if self._copies:
             self._show(part / "copies.png")
         if used:
-            told = ({"source": source_name(r.case, r.patient), "patient": patient_name(r.patient)} | {"case": r.case}
-                    | {"patient_in_dataset": r.patient, "path": r.path} for r in train.rows)  # fmt: skip
+            told = [
+                {"source": source_name(row), "patient": patient_name(row), "case": row.case, "path": row.path}
+                for row in train.rows
+            ]
             _table([row for row in told if row["source"] in used], part / "sources.csv")
         if place.exists():
             shutil.rmtree(place)
@@ -166,7 +168,7 @@ class Audit:
         pairs = []
         for copy in self._copies:
             n = copy.verdict.nearest
-            nearest = source_name(self._known.cases[n], self._known.patients[n])
+            nearest = source_name(self._known.rows[n])
             facts = ", ".join(f"{name} {value:.2f}" for name, value in copy.verdict.facts.items() if name[:2] == "r_")
             pairs.append((copy.made.x, self._known.x[n], f"{copy.name} and {nearest}: {facts}"))
         duplicate_sheet(pairs, path)

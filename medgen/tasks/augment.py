@@ -150,7 +150,7 @@ def augment(
             write_card(work.folder, found, layout, trained)
             private = audit.private(train, rows)
         work.finish({"command": "augment", "settings": settings, "weights_sha256": trained and trained.weights_sha256,
-                     "layout": layout.kind, "seconds_of": dict(tally.seconds), **found})  # fmt: skip
+                     "layout": layout.kind, "seconds_of": tally.seconds, **found})  # fmt: skip
     return Augmented(Path(out), format=layout.format, layout=layout.kind, private=private, **found)
 
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from medgen.bundle import Bundle
 from medgen.data.dataset import ScanDataset
-from medgen.data.manifest import Manifest
+from medgen.data.manifest import Manifest, Row
 from medgen.data.recipe import Recipe
 from medgen.errors import PrivacyError
 from medgen.io.source import ReadOptions
@@ -60,27 +60,28 @@ class Known:
 
     Args:
         x: (n, c, *space), image channels only.
-        cases, patients, labels: of each.
+        rows: what the data tell of each.
     """
 
     x: Float[Tensor, "n c *space"]
-    cases: tuple[str, ...]
-    patients: tuple[str, ...]
-    labels: tuple[str, ...]
+    rows: tuple[Row, ...]
 
     def __len__(self) -> int:
-        return len(self.cases)
+        return len(self.rows)
 
-    def first(self, count: int) -> "Known":
-        """The first of them."""
-        return self.rows(np.arange(min(count, len(self))))
+    @property
+    def patients(self) -> tuple[str, ...]:
+        """Whose they are."""
+        return tuple(row.patient for row in self.rows)
 
-    def rows(self, which: Int[np.ndarray, " m"]) -> "Known":
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """Their classes."""
+        return tuple(row.label for row in self.rows)
+
+    def take(self, which: Int[np.ndarray, " m"]) -> "Known":
         """Some of them."""
-        cases, patients, labels = (
-            tuple(told[n] for n in which) for told in (self.cases, self.patients, self.labels)
-        )
-        return Known(self.x[torch.from_numpy(which)], cases, patients, labels)
+        return Known(self.x[torch.from_numpy(which)], tuple(self.rows[n] for n in which))
 
 
 def known_scans(manifest: Manifest, splits: Sequence[str], recipe: Recipe, options: ReadOptions) -> Known | None:
@@ -91,13 +92,7 @@ def known_scans(manifest: Manifest, splits: Sequence[str], recipe: Recipe, optio
     data = ScanDataset(replace(manifest, rows=rows), recipe, options=options)
     items = [data[n] for n in range(len(data))]
     of = {row.case: row for row in rows}
-    there = [of[item["case"]] for item in items]
-    return Known(
-        torch.stack([item["x"] for item in items]),
-        tuple(row.case for row in there),
-        tuple(row.patient for row in there),
-        tuple(row.label for row in there),
-    )
+    return Known(torch.stack([item["x"] for item in items]), tuple(of[item["case"]] for item in items))
 
 
 # How far scans (n, c, *space) of these classes are from the training scans, (n,).
@@ -134,7 +129,7 @@ class Gates:
         dims = known.x.ndim - 2
         self.known = known
         self._detector = CopyDetector(known.x, known.patients)
-        some = None if held is None else held.first(_MOST_HELD[dims])
+        some = None if held is None else held.take(np.arange(min(len(held), _MOST_HELD[dims])))
         self.copy_test = _copy_test(self._detector, some, _COPIES[dims], seed)
         self._reject, self._classes = reject, tuple(sorted(set(known.labels)))
         self._tests: list[_Test] = []

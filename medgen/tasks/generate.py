@@ -8,8 +8,8 @@ import time
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field
+from typing import Any, Protocol, runtime_checkable
 
 from medgen.errors import PrivacyError, TrainingError
 from medgen.log import progress
@@ -24,6 +24,7 @@ _AT_ONCE, _WAITING = {2: 32, 3: 8}, {2: 32, 3: 4}
 _MOST_COPIES, _MOST_REJECTED = 20, {2: 320, 3: 80}
 
 
+@runtime_checkable
 class Writes(Protocol):
     """Where scans go."""
 
@@ -32,6 +33,7 @@ class Writes(Protocol):
         ...
 
 
+@runtime_checkable
 class Watches(Protocol):
     """Who sees every scan that is kept, and every copy that is not."""
 
@@ -54,7 +56,7 @@ class Tally:
     """
 
     rejected: Counter[str] = field(default_factory=Counter)
-    seconds: Counter[str] = field(default_factory=Counter)
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("making", "judging", "waiting"), 0.0))
 
 
 def generate(
@@ -175,9 +177,4 @@ class _Stream:
             first = end
 
 
-def named(made: Made, label: str) -> Made:
-    """The same scan with the only class that there is, where the way knew of none."""
-    return made if made.label or not label else replace(made, label=label)
-
-
-__all__ = ["Tally", "Watches", "Writes", "generate", "named"]
+__all__ = ["Tally", "Watches", "Writes", "generate"]

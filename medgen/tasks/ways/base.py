@@ -2,8 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from hashlib import sha256
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, runtime_checkable
 
 from jaxtyping import Float
 from torch import Tensor
@@ -61,17 +60,18 @@ class Material:
         options: how strict reading is.
         seed: decides everything that is random.
         bundle: a trained model; None for ways that need none.
-        given: covariates that a person has fixed, such as {'age': '70'}.
+        tell: covariates that a person has fixed, such as {'age': '70'}.
     """
 
     manifest: Manifest
     recipe: Recipe
-    options: ReadOptions = ReadOptions()
+    options: ReadOptions
     seed: int = 0
     bundle: Bundle | None = None
-    given: Mapping[str, str] = field(default_factory=dict)
+    tell: Mapping[str, str] = field(default_factory=dict)
 
 
+@runtime_checkable
 class Way(Protocol):
     """Makes scans of a class, one after another for as long as they are asked for."""
 
@@ -85,14 +85,4 @@ class Way(Protocol):
         ...
 
 
-def source_name(case: str, patient: str) -> str:
-    """A pseudonym of a training scan: a case's own name may be somebody's."""
-    return f"C-{sha256(f'{patient}/{case}'.encode()).hexdigest()[:12]}"
-
-
-def patient_name(patient: str) -> str:
-    """A pseudonym of a patient, the same for all scans, so that those of one patient can be kept together."""
-    return f"P-{sha256(patient.encode()).hexdigest()[:12]}"
-
-
-__all__ = ["How", "Made", "Material", "Origin", "Way", "patient_name", "source_name"]
+__all__ = ["How", "Made", "Material", "Origin", "Way"]

@@ -26,9 +26,9 @@ class Making:
         per_class: how many of each class instead.
         ratio: how many for each training scan instead, such as 0.5.
         balance: make classes equal: as many more of each as it lacks to the largest; with `ratio`, on top of that.
-        given: covariates that are fixed, such as {'age': '70'}.
+        tell: covariates that are fixed, such as {'age': '70'}.
         vary: for 'edit': what a covariate becomes, such as {'age': '40:80'}.
-        lesions: for 'lesion': 'insert', 'remove', or 'auto': whichever a scan lets do.
+        lesions: for 'lesion': 'insert' one, 'remove' what the mask marks, or 'auto': whichever a scan lets do.
         shapes: masks that scans are drawn for, where the model is given masks.
         reject: the part of real scans that the quality gate may reject; 0: no such gate.
     """
@@ -39,9 +39,9 @@ class Making:
     per_class: int | None = None
     ratio: float | None = None
     balance: bool = False
-    given: Mapping[str, str] = field(default_factory=dict)
+    tell: Mapping[str, str] = field(default_factory=dict)
     vary: Mapping[str, str] = field(default_factory=dict)
-    lesions: Literal["auto", "insert", "remove"] = "auto"
+    lesions: Literal["insert", "remove", "auto"] = "insert"
     shapes: Literal["real", "deformed", "sampled"] = "real"
     reject: float = 0.01
 
@@ -77,7 +77,7 @@ class Making:
     @property
     def needs_model(self) -> bool:
         """Whether a model has to be learned first."""
-        return any(how in LEARNED for how in self.ways) or ("lesion" in self.ways and self.lesions == "remove")
+        return any(how in LEARNED for how in self.ways) or ("lesion" in self.ways and self.lesions != "insert")
 
     def settings(self) -> dict[str, Any]:
         """Plain values, for JSON."""
@@ -113,7 +113,10 @@ def orders(making: Making, train: Manifest, classes: Sequence[str]) -> list[Orde
         raise ConfigError("There is nothing to make: the classes are balanced already. Use --n or --ratio.")
     digits = max(4, len(str(len(labels))))
     ways = _in_shares(making.ways, labels)
-    return [Order(f"SYN-{i + 1:0{digits}d}", label, ways[i]) for i, label in enumerate(labels)]
+    return [
+        Order(f"{'SYN' if ways[i] == 'sample' else 'DER'}-{i + 1:0{digits}d}", label, ways[i])
+        for i, label in enumerate(labels)
+    ]
 
 
 def _labels(making: Making, there: Mapping[str, int], classes: Sequence[str], scans: int) -> list[str]:

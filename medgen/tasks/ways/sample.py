@@ -50,7 +50,7 @@ class SampleWay:
         require_sampling(self._bundle)
         self._config = self._bundle.model.config
         self._covariates = told_of(self._config)["covariates"]
-        self._given = checked_cells(self._covariates, material.given)
+        self._told = checked_cells(self._covariates, material.tell)
         self._grid = grid or Grid.from_dict(self._bundle.contract.grid)
 
     @property
@@ -70,7 +70,8 @@ class SampleWay:
     @torch.no_grad()
     def _block(self, label: str, block: int, size: int) -> list[Made]:
         numbers = range(block * size, (block + 1) * size)
-        which = list(self.labels).index(label)
+        # A model of one class knows no name for it.
+        which = self._config.classes.index(label) if self._config.classes else 0
         cells = [self._cells(which, number) for number in numbers]
         cond = conditions_for(self._config, [label] * size, cells)
         # Shapes come in turn over all classes, so that each class is drawn for all of them.
@@ -87,7 +88,7 @@ class SampleWay:
 
     def _cells(self, which: int, number: int) -> dict[str, str]:
         drawn = drawn_cells(self._covariates, derived_seed(self._seed, 2, which, number))
-        return drawn | self._given
+        return drawn | self._told
 
     def _made(
         self, values: Tensor, label: str, cells: Mapping[str, str], shape: Tensor | None, facts: dict[str, Any]
