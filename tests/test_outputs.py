@@ -164,8 +164,9 @@ def test_what_was_written_is_recognised_as_what_it_was_written_as(name, tmp_path
 
 def test_another_format_keeps_what_it_can_of_the_layout(tmp_path):
     for name, asked, kind in [
-        ("nnunet", "dicom", "images+labels"), ("bids", "png", "images+labels"), ("classes nifti", "dicom", "classes"),
-        ("npz", "nifti", "classes"), ("classes png", "npz", "npz"), ("flat dicom, no masks", "nifti", "flat"),
+        ("nnunet", "dicom", "images+labels"), ("bids", "dicom", "images+labels"), ("classes nifti", "dicom", "classes"),
+        ("npz", "nifti", "classes"), ("classes png", "npz", "npz"), ("classes dicom, X-rays", "png", "classes"),
+        ("flat dicom, no masks", "nifti", "flat"),
     ]:  # fmt: skip
         layout, make = LAYOUTS[name]
         folder = tmp_path / f"{name}-{asked}"
@@ -174,7 +175,9 @@ def test_another_format_keeps_what_it_can_of_the_layout(tmp_path):
         found = layout_of(folder, manifest, asked)
         assert (found.kind, found.format) == (kind, asked)
     with pytest.raises(ConfigError, match="has not"):
-        layout_of(tmp_path / "bids-png", index(tmp_path / "bids-png"), "npz", masked=True)
+        layout_of(tmp_path / "bids-dicom", index(tmp_path / "bids-dicom"), "npz", masked=True)
+    with pytest.raises(ConfigError, match="volumes of 12 slices"):
+        layout_of(tmp_path / "bids-dicom", index(tmp_path / "bids-dicom"), "png")
     assert layout_of(tmp_path / "nnunet-dicom", index(tmp_path / "nnunet-dicom"), masked=False).kind == "images+labels"
 
 
@@ -337,6 +340,18 @@ def test_series_conform(name, tmp_path):
         assert str(first.PatientID) == row["patient"]
         assert ("shows nobody" in first.DerivationDescription) == (row["origin"] == "synthetic")
         assert ("a small VAE" in first.DerivationDescription) == (row["how"] != "classic")
+
+
+@pytest.mark.parametrize("name", ["classes dicom", "images+labels dicom", "bids"])
+def test_scans_of_one_patient_keep_their_own_masks_without_the_table(name, tmp_path):
+    layout, _ = LAYOUTS[name]
+    labels = ("a", "b") if layout.kind == "classes" else ("",)
+    made = {f"SYN-{n:04d}": derived(n, label=labels[n % len(labels)]) for n in range(1, 7)}
+    rows = {row["path"]: row for row in written(tmp_path, layout, made)}
+    (tmp_path / "manifest.csv").unlink()
+    found = index(tmp_path)
+    assert len({row.patient for row in found.rows}) == 1
+    assert {row.path: row.mask for row in found.rows} == {path: row["mask"] for path, row in rows.items()}
 
 
 # -- honesty, privacy and interruptions --------------------------------------------------------------------

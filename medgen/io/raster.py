@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from jaxtyping import Shaped
@@ -34,6 +35,8 @@ _BROKEN = (
 _BOMB = (Image.DecompressionBombError, Image.DecompressionBombWarning)
 # (bits, sample format: 1 unsigned, 2 signed, 3 float) of TIFFs that Pillow reads with their values intact.
 _TIFF_KINDS = {(1, 1), (4, 1), (8, 1), (16, 1), (16, 2), (32, 2), (32, 3)}
+# On 16-bit scans the default level takes seven times as long, for a twentieth less.
+_QUICK: dict[str, Any] = {"compression": zipfile.ZIP_DEFLATED, "compresslevel": 1}
 _SPLITS = ("train", "val", "test")
 
 
@@ -298,8 +301,8 @@ def stream_npz(
     if labels is not None and (len(labels) != shape[0] or labels.dtype.kind not in "buif"):
         raise OutputError(f"{path.name}: {shape[0]} pictures need as many labels, as numbers; found {len(labels)}.")
     written = 0
-    with replacing(path, force=True) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_DEFLATED) as archive:
-        with archive.open(_member("train_images"), "w", force_zip64=True) as stream:
+    with replacing(path, force=True) as part, zipfile.ZipFile(part, "w", **_QUICK) as archive:
+        with archive.open("train_images.npy", "w", force_zip64=True) as stream:
             stream.write(_npy_header(shape, np.dtype(kind)))
             for written, picture in enumerate(pictures, 1):
                 if picture.shape != shape[1:] or written > shape[0]:
@@ -308,18 +311,11 @@ def stream_npz(
         if written < shape[0]:
             raise OutputError(f"{path.name}: {shape[0]} pictures announced; found {written}.")
         if labels is not None:
-            with archive.open(_member("train_labels"), "w", force_zip64=True) as stream:
+            with archive.open("train_labels.npy", "w", force_zip64=True) as stream:
                 rows = np.ascontiguousarray(labels).reshape(len(labels), -1)
                 stream.write(_npy_header(rows.shape, rows.dtype))
                 stream.write(rows.data)
     return path
-
-
-def _member(name: str) -> zipfile.ZipInfo:
-    """An entry without a time: the same pictures give the same bytes."""
-    info = zipfile.ZipInfo(f"{name}.npy", date_time=(1980, 1, 1, 0, 0, 0))
-    info.compress_type = zipfile.ZIP_DEFLATED
-    return info
 
 
 def _npy_header(shape: tuple[int, ...], kind: np.dtype) -> bytes:

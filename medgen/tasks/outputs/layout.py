@@ -8,8 +8,10 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Literal
 
+from medgen import io
 from medgen.data.manifest import Manifest
 from medgen.errors import ConfigError, DataError
+from medgen.io.source import ReadOptions
 
 Kind = Literal["flat", "classes", "images+labels", "nnunet", "bids", "table", "npz"]
 Format = Literal["nifti", "dicom", "png", "npz"]
@@ -93,7 +95,7 @@ def layout_of(
         masked: whether each scan that will be written has a mask; None: as those there are.
 
     Raises:
-        ConfigError: masks are to go into an .npz.
+        ConfigError: masks are to go into an .npz, or volumes into PNGs.
         DataError: nnU-Net's dataset.json is damaged.
     """
     own = _own(data, manifest)
@@ -104,9 +106,18 @@ def layout_of(
         if own.kind in ("nnunet", "bids", "npz") and format != "npz":
             kind = _plain_kind(manifest)
         own = Layout(kind, format, own.channels, suffixes=own.suffixes, apart=own.apart, domain=own.domain)
+        if format == "png":
+            _require_pictures(manifest)
     if own.format == "npz" and masked:
         raise ConfigError("Scans with masks need a place for the masks, which .npz has not. Use --format nifti.")
     return own if own.kind == "nnunet" else replace(own, ending=_ending(own.format))
+
+
+def _require_pictures(manifest: Manifest) -> None:
+    """Tell early, by the first scan, that volumes do not fit a PNG."""
+    grid = io.header(manifest.locate(manifest.rows[0].path), ReadOptions(colour=True))[0]
+    if grid.shape[2] > 1:
+        raise ConfigError(f"A PNG holds a picture; these are volumes of {grid.shape[2]} slices. Use --format nifti.")
 
 
 def _ending(format: Format) -> str:
