@@ -16,16 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from medgen import io
 from medgen.bundle import Bundle
-from medgen.data.dataset import model_view
 from medgen.data.manifest import Manifest
-from medgen.data.recipe import Recipe
-from medgen.data.window import flat, prepared
 from medgen.errors import OutputError
-from medgen.io.source import ReadOptions
-from medgen.log import note, track
+from medgen.log import note
 from medgen.metrics.membership import Closeness, likelihood_attack
+from medgen.metrics.spaces import shrunk
 from medgen.models.base import can
 from medgen.report.duplicates import duplicate_sheet
 from medgen.tasks.gates import Known, Verdict, log_densities, told_nothing_more
@@ -39,8 +35,6 @@ _README = (
     "# Patients\n\nThis folder shows or names people: copies of their scans, which were not written, or of whose scans "
     "others were made.\nKeep it where those scans are kept; do not hand it on with the output beside it.\n"
 )
-# What medgen wrote itself may be of three channels.
-_OWN = ReadOptions(colour=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -58,15 +52,15 @@ class Audit:
         held: scans it never saw; None where there are none.
         bundle: whose scans they are; None where no model made them.
         work: the unfinished run, whose journal lists copies.
-        recipe: from a written scan to what the model sees.
+        key: salt of pseudonyms, as the material's.
         seed: of who is compared.
     """
 
     def __init__(
-        self, known: Known, held: Known | None, bundle: Bundle | None, work: Workspace, recipe: Recipe, *, seed: int
+        self, known: Known, held: Known | None, bundle: Bundle | None, work: Workspace, *, key: str, seed: int
     ) -> None:
         self._known, self._held, self._bundle, self._seed = known, held, bundle, seed
-        self._work, self._recipe = work, recipe
+        self._work, self._key, self._kept = work, key, work.folder / "training" / "kept"
         self._dims = known.x.ndim - 2
         self._closeness: Closeness | None = None
         self._next: list[Tensor] = []
@@ -74,28 +68,31 @@ class Audit:
 
     # -- what it sees --------------------------------------------------------------------------
 
-    def kept(self, made: Made) -> None:
-        """A scan that is written."""
+    def kept(self, made: Made, name: str) -> None:
+        """A scan that is written. What of it is compared is kept until the run is finished, should it be resumed."""
         if made.origin == "synthetic":
-            self._next.append(made.x)
-            if len(self._next) >= _AT_ONCE[self._dims]:
-                self._compare()
+            small = shrunk(made.x[None])[0]
+            self._kept.mkdir(parents=True, exist_ok=True)
+            np.save(self._kept / f"{name}.npy", small.numpy())
+            self._add(small)
 
     def copied(self, made: Made, verdict: Verdict, name: str) -> None:
         """A candidate that copies a training scan: it is listed, and not written."""
-        nearest = source_name(self._known.rows[verdict.nearest])
+        nearest = source_name(self._known.rows[verdict.nearest], self._key)
         self._work.record(f"copy {name}", {"candidate": name, "nearest": nearest, **verdict.facts})
         if len(self._copies) < _MOST_SHOWN:
             self._copies.append(_Copy(made, verdict, name))
 
     def recall(self, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Read what an interrupted run wrote already."""
-        for row in track(rows, "Reading what was written", len(rows)) if rows else ():
+        """Take in what an interrupted run wrote already."""
+        for row in rows:
             if row["origin"] == "synthetic":
-                ready, _ = prepared(flat(io.read(_place(self._work.folder, row["path"]), _OWN)), self._recipe)
-                self._next.append(model_view(ready))
-                if len(self._next) >= _AT_ONCE[self._dims]:
-                    self._compare()
+                self._add(torch.from_numpy(np.load(self._kept / f"{row['case']}.npy")))
+
+    def _add(self, small: Tensor) -> None:
+        self._next.append(small)
+        if len(self._next) >= _AT_ONCE[self._dims]:
+            self._compare()
 
     def _compare(self) -> None:
         if self._closeness is None:
@@ -155,9 +152,12 @@ class Audit:
             self._show(part / "copies.png")
         if used:
             told = [
-                {"source": source_name(row), "patient": patient_name(row), "case": row.case, "path": row.path}
+                {
+                    "source": source_name(row, self._key), "patient": patient_name(row, self._key), "case": row.case,
+                    "path": row.path,
+                }
                 for row in train.rows
-            ]
+            ]  # fmt: skip
             _table([row for row in told if row["source"] in used], part / "sources.csv")
         if place.exists():
             shutil.rmtree(place)
@@ -168,7 +168,7 @@ class Audit:
         pairs = []
         for copy in self._copies:
             n = copy.verdict.nearest
-            nearest = source_name(self._known.rows[n])
+            nearest = source_name(self._known.rows[n], self._key)
             facts = ", ".join(f"{name} {value:.2f}" for name, value in copy.verdict.facts.items() if name[:2] == "r_")
             pairs.append((copy.made.x, self._known.x[n], f"{copy.name} and {nearest}: {facts}"))
         duplicate_sheet(pairs, path)
@@ -188,10 +188,6 @@ def require_private(out: str | Path, *, force: bool) -> None:
     place = private_place(Path(out))
     if place.exists() and not force:
         raise OutputError(f"{place} exists already, of an earlier run. Move it away, or pass --force to replace it.")
-
-
-def _place(folder: Path, path: str) -> str:
-    return ";".join(str(folder / part) for part in path.split(";"))
 
 
 def _table(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

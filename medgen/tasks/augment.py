@@ -34,6 +34,7 @@ from medgen.tasks.ways.base import Material
 from medgen.tasks.ways.choice import way_of
 from medgen.tasks.ways.orders import Making, Order, orders
 from medgen.tasks.ways.sample import require_sampling
+from medgen.tasks.ways.sources import secret_of
 from medgen.tasks.workspace import Workspace
 
 Format = Literal["auto", "nifti", "dicom", "png", "npz"]
@@ -136,10 +137,11 @@ def augment(
         if known is None:
             raise DataError("No scan is left to learn from. Check the messages above.")
         gates = Gates(known, held, trained, reject=asked.reject, seed=seed)
-        material = Material(train, recipe, options, seed, trained, asked.tell)
+        key = secret_of(plan.manifest)
+        material = Material(train, recipe, options, seed, trained, asked.tell, key)
         grid = _seen(trained, plan.found.lattice) if trained else None
         ways = {how: way_of(how, material, asked, grid) for how in asked.ways}
-        audit = Audit(known, held, trained, work, recipe, seed=seed)
+        audit = Audit(known, held, trained, work, key=key, seed=seed)
         target = Output(work.folder, layout, _facts(trained, seed))
         with work.writing():
             audit.recall(_rows(work, wanted))
@@ -235,7 +237,7 @@ def _found(rows: Sequence[Mapping[str, Any]], tally: Tally, gates: Gates, audit:
     return {
         "written": dict(Counter(f"{row['origin']} by {row['how']}" for row in rows)),
         "rejected": dict(tally.rejected),
-        "quality": gates.unlike(),
+        "quality": {name: round(tally.far[name] / max(1, tally.judged), 4) for name in gates.tests},
         "privacy": {"copies": gates.copy_test.to_dict(), **audit.report()},
     }
 

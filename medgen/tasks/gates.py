@@ -47,11 +47,13 @@ class Verdict:
         reason: why it is rejected; '' where it is not.
         facts: p-values and the ratio r of distances, for the manifest.
         nearest: of the training scans the one it may be a copy of.
+        far: tests by which it is further from the training scans than all but `reject` of held-out ones.
     """
 
     reason: Reason
     facts: Mapping[str, float]
     nearest: int = -1
+    far: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, eq=False)
@@ -134,7 +136,6 @@ class Gates:
         self._reject, self._classes = reject, tuple(sorted(set(known.labels)))
         self._tests: list[_Test] = []
         self._doubts: dict[str, Float[np.ndarray, " n"]] = {}
-        self.far: dict[str, list[int]] = {}
         # Ways whose usual scans it has seen.
         self.usual: set[str] = set()
         if some is None or not reject:
@@ -148,6 +149,11 @@ class Gates:
             if can(bundle.model, "scores_density", "bounds_density"):
                 self._learn("density", _unusual(bundle.model, some), some)
         self._learn_labels(some)
+
+    @property
+    def tests(self) -> tuple[str, ...]:
+        """Names of the tests of how far from the training scans a scan is."""
+        return tuple(test.name for test in self._tests)
 
     def _learn(self, name: Reason, distances: Far, held: Known) -> None:
         far = distances(held.x, held.labels)
@@ -185,6 +191,7 @@ class Gates:
         x = torch.stack([one.x for one in made])
         reasons: list[Reason] = ["" for _ in made]
         facts: list[dict[str, float]] = [{} for _ in made]
+        unlike: list[list[str]] = [[] for _ in made]
         for test in self._tests:
             far = test.distances(x, [one.label for one in made])
             p = conformal(far, test.held)
@@ -192,13 +199,11 @@ class Gates:
                 facts[n][f"p_{test.name}"] = round(float(p[n]), 4)
                 limit = max(test.limit, test.fences.get(one.how, 0.0))
                 reasons[n] = reasons[n] or (test.name if far[n] > limit else "")
-            seen = self.far.setdefault(test.name, [0, 0])
-            seen[0] += int((far > test.limit).sum())
-            seen[1] += len(made)
+                unlike[n] += [test.name] * bool(far[n] > test.limit)
         if self._doubts:
             self._judge_labels(made, x, reasons, facts)
         nearest = self._judge_copies(made, x, reasons, facts)
-        return [Verdict(*told) for told in zip(reasons, facts, nearest, strict=True)]
+        return [Verdict(*told) for told in zip(reasons, facts, nearest, map(tuple, unlike), strict=True)]
 
     def _judge_labels(
         self, made: Sequence[Made], x: Tensor, reasons: list[Reason], facts: list[dict[str, float]]
@@ -221,10 +226,6 @@ class Gates:
             if one.origin == "synthetic" and self.copy_test.is_copy(found[n]):
                 reasons[n], nearest[n] = "copy", found[n].nearest
         return nearest
-
-    def unlike(self) -> dict[str, float]:
-        """By each test, the part of scans further from the training scans than all but `reject` of held-out ones."""
-        return {name: round(far / max(1, seen), 4) for name, (far, seen) in self.far.items()}
 
 
 def require_several(patients: Sequence[str]) -> None:

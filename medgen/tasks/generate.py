@@ -37,8 +37,8 @@ class Writes(Protocol):
 class Watches(Protocol):
     """Who sees every scan that is kept, and every copy that is not."""
 
-    def kept(self, made: Made) -> None:
-        """A scan that is written."""
+    def kept(self, made: Made, name: str) -> None:
+        """A scan that is written, under this name."""
         ...
 
     def copied(self, made: Made, verdict: Verdict, name: str) -> None:
@@ -52,10 +52,14 @@ class Tally:
 
     Args:
         rejected: candidates, by reason.
+        far: candidates further from the training scans than nearly all held-out ones, by test.
+        judged: candidates in all.
         seconds: spent on making, judging, and waiting for what is written.
     """
 
     rejected: Counter[str] = field(default_factory=Counter)
+    far: Counter[str] = field(default_factory=Counter)
+    judged: int = 0
     seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(("making", "judging", "waiting"), 0.0))
 
 
@@ -93,9 +97,8 @@ def generate(
             if key not in streams:
                 _learn_usual(order.how, ways[order.how], gates, _AT_ONCE[dims], wanted)
                 streams[key] = _Stream(ways[order.how], order, gates, begun.get(key, 0), tally)
-            number, made, verdict, rejected = streams[key].accepted(watch)
-            watch.kept(made)
-            facts = {"how": order.how, "candidate": number, "rejected": dict(rejected), "scores": dict(verdict.facts)}
+            made, facts = streams[key].accepted(watch)
+            watch.kept(made, order.name)
             waiting.append((order, facts, writer.submit(target.write, order.name, made)))
             began = time.monotonic()
             settle(_WAITING[dims])
@@ -103,8 +106,11 @@ def generate(
         began = time.monotonic()
         settle(0)
         tally.seconds["waiting"] += time.monotonic() - began
-    for order in wanted:
-        tally.rejected.update(work.done[f"scan {order.name}"]["rejected"])
+    # From the journal, so that a run that was interrupted tells what one that was not would.
+    for facts in (work.done[f"scan {order.name}"] for order in wanted):
+        tally.rejected.update(facts["rejected"])
+        tally.far.update(facts["far"])
+        tally.judged += 1 + sum(facts["rejected"].values())
     return tally
 
 
@@ -135,16 +141,19 @@ class _Stream:
         self._dims = gates.known.x.ndim - 2
         self._candidates = self._judged(first)
 
-    def accepted(self, watch: Watches) -> tuple[int, Made, Verdict, Counter[str]]:
-        """The next candidate that passes, its number, and how many before it did not.
+    def accepted(self, watch: Watches) -> tuple[Made, dict[str, Any]]:
+        """The next candidate that passes, and what the journal tells of it and of those before it that did not.
 
         Raises:
             PrivacyError, TrainingError: too many in a row do not.
         """
         rejected: Counter[str] = Counter()
+        far: Counter[str] = Counter()
         for number, made, verdict in self._candidates:
+            far.update(verdict.far)
             if not verdict.reason:
-                return number, made, verdict, rejected
+                told = {"candidate": number, "rejected": dict(rejected), "far": dict(far)}
+                return made, {"how": self._order.how, **told, "scores": dict(verdict.facts)}
             rejected[verdict.reason] += 1
             if verdict.reason == "copy":
                 watch.copied(made, verdict, f"{self._order.how} {self._order.label} {number}".replace("  ", " "))

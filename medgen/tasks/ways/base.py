@@ -61,6 +61,7 @@ class Material:
         seed: decides everything that is random.
         bundle: a trained model; None for ways that need none.
         tell: covariates that a person has fixed, such as {'age': '70'}.
+        key: salt of the sources' pseudonyms, `medgen.tasks.ways.sources.secret_of` the whole dataset.
     """
 
     manifest: Manifest
@@ -69,6 +70,7 @@ class Material:
     seed: int = 0
     bundle: Bundle | None = None
     tell: Mapping[str, str] = field(default_factory=dict)
+    key: str = ""
 
 
 @runtime_checkable

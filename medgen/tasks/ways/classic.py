@@ -57,10 +57,11 @@ class ClassicWay:
         seed, row = seed_of(self._material.seed, "classic", label, i), source.row
         drawn = Classical.drawn(seed, source.scan, strength=self._strength, mirror=self._mirror)
         scan, mask = drawn.apply(source.scan, source.mask)
+        key = self._material.key
         return Made(
             x=seen(scan, self._material.recipe), scan=scan, label=label, mask=mask,
-            covariates=covariates_kept(row, self._material), how="classic", sources=(source_name(row),),
-            patient=patient_name(row), parameters={"seed": seed, **drawn.model_dump(mode="json")},
+            covariates=covariates_kept(row, self._material), how="classic", sources=(source_name(row, key),),
+            patient=patient_name(row, key), parameters={"seed": seed, **drawn.model_dump(mode="json")},
         )  # fmt: skip
 
 

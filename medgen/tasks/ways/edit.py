@@ -77,8 +77,8 @@ class EditWay:
         changes = {name: {"from": said.get(name, ""), "to": cell} for name, cell in new.items()}
         return Made(
             x=values[: coding.config.images].clone(), scan=scan, label=label, mask=mask,
-            covariates=said | new, how="edit", sources=(source_name(row),),
-            patient=patient_name(row),
+            covariates=said | new, how="edit", sources=(source_name(row, self._material.key),),
+            patient=patient_name(row, self._material.key),
             parameters={"varied": changes, "seed": seed, "weights_sha256": coding.bundle.weights_sha256},
         )  # fmt: skip
 

@@ -82,12 +82,13 @@ class InterpolateWay:
             cond = (1 - t) * cond + t * told[1]
         values = coding.decode(between(codes[0], codes[1], t, way), cond)
         scan, mask, grid = self._placed(values, a, b, t)
+        key = self._material.key
         return Made(
             x=values[: coding.config.images].clone(), scan=scan, label=label, mask=mask,
             covariates=self._between(a.row, b.row, t), how="interpolate",
-            sources=(source_name(a.row), source_name(b.row)), patient=patient_name(a.row),
+            sources=(source_name(a.row, key), source_name(b.row, key)), patient=patient_name(a.row, key),
             parameters={
-                "t": round(t, 6), "way": way, "grid": grid, "other_patient": patient_name(b.row), "seed": seed,
+                "t": round(t, 6), "way": way, "grid": grid, "other_patient": patient_name(b.row, key), "seed": seed,
                 "weights_sha256": coding.bundle.weights_sha256,
             },
         )  # fmt: skip

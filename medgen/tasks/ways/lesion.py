@@ -113,11 +113,11 @@ class LesionWay:
         seed = seed_of(self._material.seed, "lesion", label, i)
         change = self._removed if source.row.case in self._ill else self._inserted
         scan, mask, facts, others = change(source, seed)
-        sources = tuple(dict.fromkeys(source_name(row) for row in (source.row, *others)))
+        sources = tuple(dict.fromkeys(source_name(row, self._material.key) for row in (source.row, *others)))
         return Made(
             x=seen(scan, self._material.recipe), scan=scan, label=label, mask=mask,
             covariates=covariates_kept(source.row, self._material), how="lesion", sources=sources,
-            patient=patient_name(source.row), parameters=facts,
+            patient=patient_name(source.row, self._material.key), parameters=facts,
         )  # fmt: skip
 
     # -- which scans -------------------------------------------------------------------------------

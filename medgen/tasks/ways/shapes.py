@@ -76,7 +76,10 @@ class Shapes:
         """
         if self._model is not None:
             return self._given(self._sampled(self._model, i)), ()
-        return self._sources.made("", i, lambda row, drawn: (self._given(self._shown(drawn, i)), (source_name(row),)))
+        key = self._material.key
+        return self._sources.made(
+            "", i, lambda row, drawn: (self._given(self._shown(drawn, i)), (source_name(row, key),))
+        )
 
     def _given(self, drawn: Integer[np.ndarray, "*space"]) -> Float[Tensor, "k *space"]:
         return torch.from_numpy(one_hot(drawn, self.labels))

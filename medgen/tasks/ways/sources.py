@@ -1,5 +1,6 @@
 """Training scans in turn: read when needed and held while they are few, each named by a pseudonym."""
 
+import json
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -48,18 +49,31 @@ class Source:
     mask: Scan | None
 
 
-def source_name(row: Row) -> str:
+def secret_of(manifest: Manifest) -> str:
+    """What a dataset's pseudonyms are salted with: names that only those who hold the dataset can list.
+
+    Splits and labels do not matter, so it is the same whatever the seed. Unlike `Manifest.hash`, which a bundle tells,
+    it is never written anywhere: who guesses a name cannot check the guess.
+
+    Args:
+        manifest: of the whole dataset.
+    """
+    rows = sorted(json.dumps([row.case, row.patient, row.path]) for row in manifest.rows)
+    return sha256("\n".join(["pseudonyms", *rows]).encode()).hexdigest()
+
+
+def source_name(row: Row, key: str) -> str:
     """A case's pseudonym: its own name may be somebody's.
 
-    >>> source_name(Row("Doe", "Doe", "a.nii.gz", "nifti"))
-    'C-a4225e45c5cc'
+    >>> source_name(Row("Doe", "Doe", "a.nii.gz", "nifti"), key="")
+    'C-5405bf980fa0'
     """
-    return f"C-{_digest(row.case, row.patient)}"
+    return f"C-{_digest(key, row.case, row.patient)}"
 
 
-def patient_name(row: Row) -> str:
+def patient_name(row: Row, key: str) -> str:
     """A patient's pseudonym, the same for all their scans, so that what is made of one can be kept together."""
-    return f"P-{_digest(row.patient)}"
+    return f"P-{_digest(key, row.patient)}"
 
 
 def covariates_kept(row: Row, material: Material) -> dict[str, str]:
@@ -267,6 +281,7 @@ __all__ = [
     "read_mask",
     "read_source",
     "refuse_burned_in",
+    "secret_of",
     "seed_of",
     "seen",
     "source_name",
