@@ -40,7 +40,7 @@ from medgen.cli.shared import (
 )
 
 Written = Literal["auto", "nifti", "dicom", "png", "npz"]
-Ways = Literal["sample", "interpolate", "edit", "lesion", "classic", "mix"]
+Ways = Literal["sample", "interpolate", "morph", "edit", "lesion", "classic", "mix"]
 Lesions = Literal["insert", "remove", "auto"]
 Drawn = Literal["real", "deformed", "sampled"]
 

@@ -15,7 +15,7 @@ from medgen.scan import Scan
 
 # From noise, so that it shows nobody; or of somebody's scan, so that it shows that patient.
 Origin = Literal["synthetic", "derived"]
-How = Literal["sample", "interpolate", "edit", "lesion", "classic"]
+How = Literal["sample", "interpolate", "morph", "edit", "lesion", "classic"]
 
 
 @dataclass(frozen=True, eq=False)

@@ -7,6 +7,7 @@ from medgen.tasks.ways.classic import ClassicWay
 from medgen.tasks.ways.edit import EditWay
 from medgen.tasks.ways.interpolate import InterpolateWay
 from medgen.tasks.ways.lesion import LesionWay
+from medgen.tasks.ways.morph import MorphWay
 from medgen.tasks.ways.orders import Making
 from medgen.tasks.ways.sample import SampleWay
 from medgen.tasks.ways.shapes import Shapes
@@ -31,6 +32,8 @@ def way_of(how: How, material: Material, making: Making, grid: Grid | None) -> W
             return SampleWay(material, grid, Shapes(material, making.shapes) if given else None)
         case "interpolate":
             return InterpolateWay(material)
+        case "morph":
+            return MorphWay(material)
         case "edit":
             return EditWay(material, making.vary)
         case "lesion":

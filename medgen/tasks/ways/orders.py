@@ -19,8 +19,9 @@ class Making:
     """What a person decides about the scans to make.
 
     Args:
-        how: 'sample' from noise; 'interpolate' between two patients of a class; 'edit' one covariate of a scan;
-            'lesion' puts one into a scan or takes it out; 'classic' moves and shades a scan; 'mix' of several.
+        how: 'sample' from noise; 'interpolate' between the codes of two patients of a class; 'morph' moves one's
+            anatomy towards the other's; 'edit' changes one covariate of a scan; 'lesion' puts one into a scan or takes
+            it out; 'classic' moves and shades a scan; 'mix' of several.
         mix: weights of the ways, for 'mix'.
         n: how many scans in all.
         per_class: how many of each class instead.
