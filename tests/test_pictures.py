@@ -6,6 +6,7 @@ from PIL import Image
 
 from medgen import io
 from medgen.grid import Grid
+from medgen.report.labels import colour_of, laid_over, legend, most_marked
 from medgen.report.pictures import NOTICE, Z_SHOWN, contact_sheet, overlay, planes, views
 from medgen.scan import Header, Scale, Scan
 
@@ -207,3 +208,143 @@ def test_samples_can_be_drawn(heads, xrays, tmp_path):
     for n, scans in enumerate((volumes, pictures)):
         with Image.open(contact_sheet(scans, tmp_path / f"{n}.png", title="t")) as picture:
             assert np.asarray(picture).std() > 20
+
+
+def test_colour_pictures_are_shown_in_colour_and_the_first_of_several_channels_otherwise(tmp_path):
+    red = np.zeros((3, 8, 8, 1), np.uint8)
+    red[0] = 200
+    red[:, 0] = 0
+    colour = Scan(red, Grid((8, 8, 1), np.eye(4)), Scale(), Header("XC"))
+    assert coloured(opened(contact_sheet([colour], tmp_path / "a.png", title="t"))).sum() > 10_000
+    named = Scan(red, colour.grid, Scale(), Header("MR", channels=("T1w", "T2w", "FLAIR")))
+    sheet = opened(contact_sheet([named], tmp_path / "b.png", title="t"))
+    assert not coloured(sheet).any()
+    # One line more says which channel is shown.
+    assert sheet.shape[0] == opened(tmp_path / "a.png").shape[0] + 18
+
+
+def test_scans_of_unlike_brightness_each_have_a_window(tmp_path):
+    """Of no unit, one is a thousand times brighter: neither is black nor white all over."""
+    voxels = marked().voxels.copy()
+    voxels[0, 6:] = 100
+    scan = marked().with_voxels(voxels)
+    bright = scan.with_voxels(scan.voxels * 1000)
+    for n, scans in enumerate(([scan, scan], [scan, scan, bright])):
+        sheet = opened(contact_sheet(scans, tmp_path / f"{n}.png", title="t"))[:160].astype(int)
+        assert {51, 255} <= set(np.unique(sheet).tolist()), n  # 20 of 100, and 100
+    # And it is said, in one line more.
+    rows = [opened(tmp_path / f"{n}.png").shape[0] for n in (0, 1)]
+    assert rows[1] - rows[0] == 164 + 18
+
+
+# -- pairs ----------------------------------------------------------------------------------------------------
+
+
+def opened(path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture.convert("RGB"))
+
+
+def labelled(scan: Scan, *places: tuple[int, tuple[slice, ...]]) -> Scan:
+    """A label map on a scan's grid."""
+    drawn = np.zeros(scan.voxels.shape, np.uint8)
+    for label, where in places:
+        drawn[(0, *where)] = label
+    return Scan(drawn, scan.grid, is_label=True)
+
+
+CORNER = (slice(-3, None),) * 3
+
+
+def has(picture: np.ndarray, colour: tuple[int, int, int]) -> np.ndarray:
+    return (picture == np.asarray(colour, np.uint8)).all(-1)
+
+
+@pytest.mark.parametrize("axcodes", ["RAS", "LPS", "SAR"])
+def test_labels_lie_on_what_they_mark_however_the_axes_run(tmp_path, axcodes):
+    """The bright corner is marked: colour is there, below the plain scan, and nowhere else."""
+    scan, mask = marked(), labelled(marked(), (1, CORNER))
+    scan = scan.onto(scan.grid.reorient(axcodes), outside=0)
+    sheet = opened(contact_sheet([scan], tmp_path / "a.png", title="t", masks=[mask]))
+    body = sheet[: 2 * 164]
+    tall = np.nonzero(coloured(body).any(1))[0]
+    assert tall.min() >= 164  # the plain planes above stay grey
+    wide = np.nonzero(coloured(body).any(0))[0]
+    assert wide.min() == 0  # right is on the left
+    # Through the planes that hold most of it: all three show it, in their upper left corner.
+    plain, under = body[:164].astype(int), body[164:].astype(int)
+    bright = plain[..., 0] > 200
+    assert coloured(under)[bright].mean() > 0.9
+    assert coloured(under)[~bright].mean() < 0.02
+    assert has(under, colour_of(1)).any()
+
+
+def test_a_label_has_the_same_colour_in_every_picture(tmp_path):
+    scan = marked()
+    other = (slice(0, 4), slice(-3, None), slice(-3, None))
+    both, alone = labelled(scan, (1, CORNER), (2, other)), labelled(scan, (2, other))
+    for n, mask in enumerate((both, alone)):
+        sheet = opened(contact_sheet([scan], tmp_path / f"{n}.png", title="t", masks=[mask]))[: 2 * 164]
+        assert has(sheet, colour_of(2)).any()
+        assert has(sheet, colour_of(1)).any() == (n == 0)
+    every = [colour_of(n) for n in range(1, 118)]
+    assert len(set(every)) == len(every)
+
+
+def test_a_scan_without_a_mask_is_no_scan_with_an_empty_one(tmp_path):
+    scan = marked()
+    empty = labelled(scan)
+    marks = labelled(scan, (1, CORNER))
+    sheet = opened(contact_sheet([scan, scan, scan], tmp_path / "a.png", title="t", masks=[marks, empty, None]))
+    rows = [sheet[164 * n : 164 * n + 160].astype(int) for n in range(4)]
+    half = sheet.shape[1] // 2
+    assert coloured(rows[1][:, :half]).any()
+    assert not coloured(rows[1][:, half:]).any()
+    assert np.array_equal(rows[1][:, half:], rows[0][:, half:])  # empty: nothing is marked
+    assert rows[3].max() == 16  # none: nothing is shown
+    plain = contact_sheet([scan, scan], tmp_path / "b.png", title="t", masks=[None, None]).read_bytes()
+    assert plain == contact_sheet([scan, scan], tmp_path / "c.png", title="t").read_bytes()
+
+
+def test_images_are_shown_beside_themselves_under_their_labels(tmp_path):
+    pixels = np.full((1, 20, 20, 1), 90, np.uint8)
+    pixels[0, :4] = 10
+    scan = Scan(pixels, Grid((20, 20, 1), np.eye(4)))
+    mask = labelled(scan, (3, (slice(10, 14), slice(10, 14), slice(None))))
+    sheet = opened(contact_sheet([scan] * 4, tmp_path / "a.png", title="t", masks=[mask] * 4))
+    assert sheet.shape[1] == pytest.approx(6 * 164, abs=40)  # three pairs in a row
+    found = coloured(sheet[:160])
+    assert not found[:, :160].any()
+    rows, columns = np.nonzero(found[:, 164:324])
+    assert (rows.min(), rows.max()) == pytest.approx((80, 111), abs=6)
+    assert (columns.min(), columns.max()) == pytest.approx((80, 111), abs=6)
+
+
+def test_a_mark_smaller_than_a_pixel_is_seen():
+    tile = np.full((160, 160, 3), 100, np.uint8)
+    for at in range(40, 60):
+        drawn = np.zeros((700, 900), np.int32)
+        drawn[at * 7, at * 9] = 2
+        assert has(laid_over(tile, drawn), colour_of(2)).any(), at
+    assert np.array_equal(laid_over(tile, np.zeros((10, 10), np.int32)), tile)
+
+
+def test_the_legend_names_as_many_labels_as_fit():
+    few, many = legend([1, 2, 5], 320), legend(list(range(1, 118)), 320)
+    assert few.shape == many.shape == (20, 320, 3)
+    assert all(has(few, colour_of(n)).any() for n in (1, 2, 5))
+    assert not has(many, colour_of(60)).any()
+    assert has(legend(list(range(1, 118)), 6000), colour_of(117)).any()
+
+
+def test_masks_come_one_a_scan(tmp_path):
+    with pytest.raises(ValueError, match="shorter"):
+        contact_sheet([marked(), marked()], tmp_path / "a.png", title="t", masks=[labelled(marked())])
+    assert most_marked(np.zeros((2, 3, 4), np.int32)) is None
+    drawn = np.zeros((4, 5, 6), np.int32)
+    drawn[3, 1:3, 5], drawn[0, 1, 0] = 7, 7
+    assert most_marked(drawn) == [3, 1, 5]
+    # A large label does not hide a small one: the plane that shows both is shown.
+    drawn = np.zeros((9, 9, 9), np.int32)
+    drawn[1:8, 1:8, 2], drawn[2:6, 2:6, 6], drawn[7, 7, 6] = 1, 1, 2
+    assert most_marked(drawn) == [7, 7, 6]

@@ -4,19 +4,23 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from jaxtyping import Float, UInt8
+from jaxtyping import Float, Integer, Shaped, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from medgen.io.atomic import replacing
+from medgen.report.labels import laid_over, legend, most_marked
 from medgen.scan import Scan
 
 NOTICE = "Research use only, not a medical device"
 # The colours of a map mean the same in every picture: this z is faint yellow, that z full red.
 Z_SHOWN = (3.0, 10.0)
 _BACKGROUND, _INK = 16, (225, 225, 225)
-_TALL = 160
+_TALL, _NARROW = 160, 320
+# Scans so many times brighter or darker than the middle one share no grey window.
+_UNALIKE = 4
 
 Picture = UInt8[np.ndarray, "_ _ 3"]
+Labels = Integer[np.ndarray, "i j k"]
 
 
 def views(
@@ -34,8 +38,8 @@ def views(
 
 
 def planes(
-    values: Float[np.ndarray, "i j k"], at: Sequence[int] | None = None, *, planar: bool
-) -> list[Float[np.ndarray, "_ _"]]:
+    values: Shaped[np.ndarray, "i j k"], at: Sequence[int] | None = None, *, planar: bool
+) -> list[Shaped[np.ndarray, "_ _"]]:
     """The planes that `views` shows, of any array on an RAS grid."""
     if planar:
         return [values[:, :, 0].T]
@@ -97,17 +101,86 @@ def saved(picture: Image.Image, path: Path) -> Path:
     return path
 
 
-def contact_sheet(scans: Sequence[Scan], path: Path, *, title: str, columns: int = 6) -> Path:
-    """One PNG of many scans: volumes as three planes, images as themselves, all in one grey window."""
+def contact_sheet(
+    scans: Sequence[Scan], path: Path, *, title: str, columns: int = 6, masks: Sequence[Scan | None] = ()
+) -> Path:
+    """One PNG of many scans: volumes as three planes, images as themselves, all in one grey window.
+
+    Where scans are several times brighter than others, as those of no unit may be, each has its own window. Of several
+    channels the first is shown, but colour pictures as they are. The title says all of that.
+
+    Args:
+        scans: at least one.
+        path: a PNG.
+        title: what is shown.
+        columns: images in a row; of volumes a third.
+        masks: a label map of each scan, None where there is none: each scan is shown a second time under its labels,
+            beside the first (images) or below it (volumes), through the planes with most of them.
+    """
     upright = [_upright(scan) for scan in scans]
-    limits = np.asarray([_window(scan.physical()) for scan in upright])
-    window = (float(np.median(limits[:, 0])), float(np.median(limits[:, 1])))
-    tiles = [
-        _row([_tile(v, s) for v, s in zip(views(scan, window=window), _sizes(scan), strict=True)]) for scan in upright
+    windows, own = _windows(upright)
+    shown = [
+        None if mask is None else mask.onto(scan.grid, outside=0).voxels[0].astype(np.int32)
+        for scan, mask in zip(upright, masks or [None] * len(scans), strict=True)
     ]
-    across = columns if upright[0].is_planar else max(1, columns // 3)
-    rows = [_row(tiles[n : n + across]) for n in range(0, len(tiles), across)]
-    return saved(_captioned(_stack(rows), [title, NOTICE]), path)
+    paired = any(labels is not None for labels in shown)
+    tiles = [
+        _shown(scan, window, labels, twice=paired) for scan, window, labels in zip(upright, windows, shown, strict=True)
+    ]
+    across = columns if upright[0].is_planar else columns // 3
+    across = max(1, across // 2 if upright[0].is_planar and paired else across)
+    body = _stack([_row(tiles[n : n + across]) for n in range(0, len(tiles), across)])
+    if paired:
+        names = sorted({int(one) for labels in shown if labels is not None for one in np.unique(labels) if one > 0})
+        body = _stack([body, legend(names, max(_NARROW, body.shape[1]))])
+    return saved(_captioned(body, [title, *_remarks(upright[0], own), NOTICE]), path)
+
+
+def _remarks(scan: Scan, own: bool) -> list[str]:
+    """What a reader of the sheet would otherwise take for granted."""
+    said = []
+    if scan.channels > 1 and not _is_colour(scan):
+        name = f" ({scan.header.channels[0]})" if len(scan.header.channels) == scan.channels else ""
+        said.append(f"shown: channel 1 of {scan.channels}{name}")
+    if own:
+        said.append("grey values: a window for each scan")
+    return ["; ".join(said)] if said else []
+
+
+def _is_colour(scan: Scan) -> bool:
+    return scan.is_planar and scan.channels == 3 and not scan.header.channels
+
+
+def _windows(scans: Sequence[Scan]) -> tuple[list[tuple[float, float]], bool]:
+    """The grey window of each scan, and whether it is its own: one for all shows who is brighter, if anything."""
+    limits = np.asarray([_window(scan.physical()[: 3 if _is_colour(scan) else 1]) for scan in scans])
+    low, high = np.median(limits, axis=0).tolist()
+    widths = limits[:, 1] - limits[:, 0]
+    if widths.max() > _UNALIKE * max(high - low, 1e-9) or 0 < widths.min() * _UNALIKE < high - low:
+        return [(first, last) for first, last in limits.tolist()], True
+    return [(low, high)] * len(scans), False
+
+
+def _shown(scan: Scan, window: tuple[float, float], labels: Labels | None, *, twice: bool) -> Picture:
+    """A scan turned to RAS; where `twice`, under its labels, too, or beside an empty place where it has none."""
+    at = None if labels is None else most_marked(labels)
+    sizes = _sizes(scan)
+    if _is_colour(scan):
+        low, high = window
+        values = np.nan_to_num((scan.physical()[:, :, :, 0] - low) / max(high - low, 1e-9))
+        plain = [np.stack([_tile(one.T, sizes[0])[..., 0] for one in values], axis=2)]
+    else:
+        plain = [_tile(v, s) for v, s in zip(views(scan, at, window=window), sizes, strict=True)]
+    if not twice:
+        return _row(plain)
+    if labels is None:
+        second = [np.full_like(tile, _BACKGROUND) for tile in plain]
+    else:
+        over = planes(labels, at, planar=scan.is_planar)
+        second = [laid_over(tile, plane) for tile, plane in zip(plain, over, strict=True)]
+    return (
+        np.concatenate([_row(plain), _row(second)], axis=1) if scan.is_planar else _stack([_row(plain), _row(second)])
+    )
 
 
 def overlay(scan: Scan, z_map: Scan, path: Path, *, title: str) -> Path:

@@ -14,6 +14,7 @@ import numpy as np
 
 from medgen import io
 from medgen.bundle import Bundle
+from medgen.data.labels import read_labels
 from medgen.data.window import real_voxels
 from medgen.errors import ConfigError, DataError
 from medgen.grid import Grid
@@ -243,11 +244,17 @@ def _found(rows: Sequence[Mapping[str, Any]], tally: Tally, gates: Gates, audit:
 
 
 def _sheet(folder: Path, rows: Sequence[Mapping[str, Any]], bundle: Bundle | None, seed: int) -> None:
-    """A picture of the first scans."""
-    shown = [io.read(";".join(str(folder / part) for part in row["path"].split(";")), _OWN) for row in rows[:_SHOWN]]
+    """A picture of the first scans, each with its mask where it has one."""
+    shown = rows[:_SHOWN]
+    scans = [io.read(";".join(str(folder / part) for part in row["path"].split(";")), _OWN) for row in shown]
+    masks = [read_labels(str(folder / row["mask"]), _OWN) if row["mask"] else None for row in shown]
     origins = " and ".join(sorted({str(row["origin"]).upper() for row in rows}))
     made = f" by {bundle.name}" if bundle else ""
-    contact_sheet(shown, folder / "contact_sheet.png", title=f"{origins}: {len(rows)} scans made{made}, seed {seed}")
+    first = f"the first {len(shown)} of " if len(shown) < len(rows) else ""
+    title = f"{origins}: {first}{len(rows)} scans made{made}, seed {seed}"
+    # Many pairs of volumes would otherwise make a strip.
+    columns = 12 if len(scans) > 8 and any(masks) and not scans[0].is_planar else 6
+    contact_sheet(scans, folder / "contact_sheet.png", title=title, columns=columns, masks=masks)
 
 
 __all__ = ["Augmented", "augment"]
