@@ -243,7 +243,7 @@ def test_json_is_all_there_is_on_stdout(command, heads, three, heads_bundle, tmp
     code, out, err = command("augment", heads, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "--json")
     assert code == 0, err
     told = json.loads(out)
-    assert told["written"] == 2
+    assert told["written"] == {"synthetic by sample": 2}
     assert told["folder"].endswith("a")
     code, out, _ = command("convert", three, "-o", tmp_path / "c", "--json", "-q")
     assert len(json.loads(out)["written"]) == 3
@@ -258,7 +258,7 @@ def test_quiet_says_nothing_on_stderr(command, three, heads_bundle, tmp_path):
 
 def test_a_command_ends_with_what_was_written_and_what_to_do_next(command, heads, three, heads_bundle, tmp_path):
     _, out, _ = command("augment", heads, "-m", heads_bundle, "-o", tmp_path / "a", "-n", 2, "-q")
-    assert "Wrote 2 synthetic scans (nifti)" in out
+    assert "Wrote 2 synthetic by sample (nifti, flat)" in out
     assert f"Next: medgen score SCANS -m {heads_bundle}" in out
     _, out, _ = command("score", three, "-m", heads_bundle, "-o", tmp_path / "s", "-q")
     assert "Scored 3 of 3 scans" in out

@@ -29,9 +29,9 @@ from medgen.io.source import ReadOptions
 from medgen.log import reporting
 from medgen.models.vae import VAE
 from medgen.scan import Scale
-from medgen.tasks import augment as augment_task
 from medgen.tasks.calibration import mask_threshold
 from medgen.tasks.detector import Detector
+from medgen.tasks.outputs.files import Output
 
 
 class Notes:
@@ -456,7 +456,7 @@ def made(heads, heads_bundle, tmp_path_factory) -> tuple[Path, medgen.tasks.augm
 
 def test_nifti_in_nifti_out_on_the_same_lattice_in_the_same_units(made, heads):
     out, done = made
-    assert (done.written, done.format, done.folder) == (5, "nifti", out)
+    assert (done.written, done.format, done.folder) == ({"synthetic by sample": 5}, "nifti", out)
     found = io.find(out)
     assert len([source for source in found.sources if source.kind == "nifti"]) == 5
     original = io.read(heads / "sub-001_T1w.nii.gz")
@@ -480,8 +480,8 @@ def test_the_manifest_of_an_augmentation_can_be_learned_from(made):
     table = rows(out / "manifest.csv")
     assert [row["case"] for row in table] == [f"SYN-{n:04d}" for n in range(1, 6)]
     assert {row["split"] for row in table} == {"train"}
-    assert {row["synthetic"] for row in table} == {"yes"}
-    assert all(float(row["r"]) > 0 for row in table)
+    assert {(row["origin"], row["how"], row["sources"]) for row in table} == {("synthetic", "sample", "")}
+    assert all(float(row[name]) > 0 for row in table for name in ("r_voxel", "r_registered", "r_feature"))
     manifest = index(out / "manifest.csv")
     assert isinstance(manifest, Manifest)
     assert len(manifest.split("train")) == 5
@@ -492,8 +492,10 @@ def test_an_augmentation_says_what_it_is_and_what_was_tested(made):
     out, done = made
     told = json.loads((out / "run.json").read_text())
     assert told["command"] == "augment"
-    assert told["copy_test"]["held_out"] > 10
-    assert told["copies_rejected"] == done.copies_rejected >= 0
+    assert told["privacy"]["copies"]["held_out"] > 10
+    assert told["privacy"] == json.loads((out / "privacy.json").read_text())
+    assert told["written"] == done.written
+    assert told["rejected"] == done.rejected
     assert len(told["weights_sha256"]) == 64
     with Image.open(out / "contact_sheet.png") as sheet:
         assert sheet.size[0] > 100
@@ -514,7 +516,7 @@ def test_the_same_seed_writes_the_same_bytes_and_another_nothing_in_common(made,
 
 def test_png_classes_in_png_classes_out(xrays, xray_bundle, tmp_path):
     done = medgen.augment(xrays, tmp_path / "out", bundle=xray_bundle, per_class=3)
-    assert (done.written, done.format) == (6, "png")
+    assert (sum(done.written.values()), done.format) == (6, "png")
     for label in ("normal", "opacity"):
         pictures = sorted((tmp_path / "out" / label).glob("*.png"))
         assert len(pictures) == 3
@@ -592,7 +594,7 @@ def test_npz_in_npz_out(xrays, tmp_path):
     done = medgen.augment(
         tmp_path / "chest.npz", tmp_path / "out", n=6, minutes=None, overrides=(*QUICK_2D, "fit.images=64")
     )
-    assert (done.written, done.format) == (6, "npz")
+    assert (sum(done.written.values()), done.format) == (6, "npz")
     with np.load(tmp_path / "out" / "synthetic.npz") as arrays:
         assert arrays["train_images"].shape == (6, 16, 16)
         assert arrays["train_images"].dtype == np.uint8
@@ -627,15 +629,15 @@ def test_orders_that_contradict_themselves_are_refused(heads, heads_bundle, xray
 
 def test_generation_goes_on_where_it_was_interrupted(made, heads, heads_bundle, tmp_path, monkeypatch):
     whole, _ = made
-    original, count = augment_task._write, [0]
+    original, count = Output.write, [0]
 
-    def interrupted(*arguments):
+    def interrupted(self, name, one):
         if count[0] == 2:
             raise KeyboardInterrupt
         count[0] += 1
-        return original(*arguments)
+        return original(self, name, one)
 
-    monkeypatch.setattr(augment_task, "_write", interrupted)
+    monkeypatch.setattr(Output, "write", interrupted)
     with pytest.raises(KeyboardInterrupt):
         medgen.augment(heads, tmp_path / "out", bundle=heads_bundle, n=5)
     assert not (tmp_path / "out").exists()
@@ -644,14 +646,14 @@ def test_generation_goes_on_where_it_was_interrupted(made, heads, heads_bundle, 
     assert len(stamps) == 2
     written: list[str] = []
 
-    def counted(*arguments):
-        written.append(arguments[2])
-        return original(*arguments)
+    def counted(self, name, one):
+        written.append(name)
+        return original(self, name, one)
 
-    monkeypatch.setattr(augment_task, "_write", counted)
+    monkeypatch.setattr(Output, "write", counted)
     done = medgen.augment(heads, tmp_path / "out", bundle=heads_bundle, n=5)
     assert written == ["SYN-0003", "SYN-0004", "SYN-0005"]
-    assert done.written == 5
+    assert done.written == {"synthetic by sample": 5}
     for name, stamp in stamps.items():
         assert (tmp_path / "out" / "images" / name).stat().st_mtime_ns == stamp
     for path in (whole / "images").iterdir():
@@ -705,7 +707,9 @@ def test_a_generator_that_returns_training_scans_is_caught(heads, heads_bundle, 
     with pytest.raises(PrivacyError, match="memorised"):
         medgen.augment(heads, tmp_path / "out", bundle=heads_bundle, n=2)
     assert not (tmp_path / "out").exists()
-    assert not [name for name in files(tmp_path) if name.endswith((".nii.gz", ".png", ".npz", ".dcm"))]
+    scans = [name for name in files(tmp_path) if name.endswith((".nii.gz", ".png", ".npz", ".npy", ".dcm"))]
+    assert scans == ["out.private/copies.png"]
+    assert len(rows(tmp_path / "out.private" / "copies.csv")) == 20
 
 
 def test_copies_are_told_by_the_splits_of_training_whatever_the_seed(heads, heads_bundle, tmp_path, monkeypatch):
@@ -720,16 +724,17 @@ def test_copies_are_told_by_the_splits_of_training_whatever_the_seed(heads, head
 
 
 def test_a_copy_now_and_then_is_drawn_again(heads, heads_bundle, tmp_path, monkeypatch):
-    known, original, calls = training_scans(heads, heads_bundle), VAE.sample, [0]
+    known, original = training_scans(heads, heads_bundle), VAE.sample
 
     def sometimes(self, n, *, seed, cond=None):
-        calls[0] += 1
-        return known[:n] if calls[0] % 3 == 1 else original(self, n, seed=seed, cond=cond)
+        drawn = original(self, n, seed=seed, cond=cond)
+        drawn[1::3] = known[: len(drawn[1::3])]
+        return drawn
 
     monkeypatch.setattr(VAE, "sample", sometimes)
     done = medgen.augment(heads, tmp_path / "out", bundle=heads_bundle, n=3)
-    assert done.copies_rejected >= 1
-    assert done.written == 3
+    assert done.rejected["copy"] >= 1
+    assert sum(done.written.values()) == 3
     found = [io.read(path) for path in sorted((tmp_path / "out" / "images").iterdir())]
     originals = [io.read(path).onto(found[0].grid, outside=0).voxels for path in heads.iterdir()]
     assert not any(np.array_equal(scan.voxels, voxels) for scan in found for voxels in originals)

@@ -140,6 +140,8 @@ class Audit:
         used = {source for row in rows for source in row["sources"]}
         place = private_place(self._work.out)
         if not copies and not used:
+            # Of an earlier run, which this one replaces.
+            shutil.rmtree(place, ignore_errors=True)
             return None
         part = place.with_name(place.name + ".part")
         shutil.rmtree(part, ignore_errors=True)

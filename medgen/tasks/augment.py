@@ -16,7 +16,7 @@ from medgen import io
 from medgen.bundle import Bundle
 from medgen.data.labels import read_labels
 from medgen.data.window import real_voxels
-from medgen.errors import ConfigError, DataError
+from medgen.errors import ConfigError, DataError, PrivacyError
 from medgen.grid import Grid
 from medgen.io.source import ReadOptions
 from medgen.log import note
@@ -146,7 +146,11 @@ def augment(
         target = Output(work.folder, layout, _facts(trained, seed))
         with work.writing():
             audit.recall(_rows(work, wanted))
-            tally = generate(wanted, ways, gates, target, work, audit)
+            try:
+                tally = generate(wanted, ways, gates, target, work, audit)
+            except PrivacyError:
+                audit.private(train, _rows(work, wanted))
+                raise
             rows = _rows(work, wanted)
             found = _found(rows, tally, gates, audit)
             _sheet(work.folder, target.finish(rows), trained, seed)
