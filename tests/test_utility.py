@@ -7,7 +7,7 @@ from sklearn.metrics import roc_auc_score
 from medgen.errors import DataError
 from medgen.metrics.intervals import Interval
 from medgen.metrics.paired import class_aurocs, drawn_again, interval, means, over_sets, verdict
-from medgen.metrics.rivals import STRENGTHS, classical, mixture, mixup, smote, tuned, tuned_classical
+from medgen.metrics.rivals import STRENGTHS, classical, mixture, mixup, smote, tuned
 from medgen.metrics.segmentation import dice, segment
 from medgen.metrics.utility import LEARNERS, TARGETS, balanced, class_auroc, decisions, utility
 
@@ -123,6 +123,16 @@ def test_certain_chances_and_equal_weights_are_the_same_as_classes(learner):
         assert np.allclose(decisions(learner, given, test[0], weights=np.ones(60)), plain, atol=1e-6)
 
 
+def test_the_svm_learns_from_few_scans_and_from_scans_in_a_plane():
+    train, test = rings(14, (20, 16)), rings(200, (20, 16), seed=1)
+    assert utility(train, test, learners=["svm"])["svm"] > 0.7
+    along = np.concatenate([train[0], (train[0][::2] + np.roll(train[0][::2], 1, axis=0)) / 2])
+    more = along, np.concatenate([train[1], train[1][::2]])
+    assert utility(more, test, learners=["svm"], weights=np.repeat([1.0, 1.0], [14, 7]) * np.where(more[1] == 1, 2, 1))[
+        "svm"
+    ] > 0.7  # fmt: skip
+
+
 def test_weights_decide_which_scans_are_believed():
     good, test = rings(80, (8, 6)), rings(200, (8, 6), seed=1)
     bad = (rings(80, (8, 6), seed=2)[0], 1 - good[1])
@@ -222,9 +232,6 @@ def test_the_strength_is_chosen_on_parts_that_hold_whole_patients():
     assert tuned(score, groups, strata=strata) == 1.0
     assert sorted(np.concatenate([new for _, new in seen[:3]]).tolist()) == list(range(24))
     assert tuned(lambda *_: 0.5, groups, strata=strata) == min(STRENGTHS)
-    x, y = unit(30)
-    assert tuned_classical("svm", x, y, [str(n) for n in range(30)], copies=2) in STRENGTHS
-    assert tuned_classical("cnn", x, y, [str(n) for n in range(30)], steps=2) in STRENGTHS
 
 
 # -- pairs -------------------------------------------------------------------------------------------------
@@ -290,22 +297,22 @@ def test_resampled_aurocs_are_those_of_the_resampled_scans():
 
 def test_intervals_of_paired_gains_hold_the_truth_as_often_as_they_say():
     rng, held = np.random.default_rng(1), 0
-    for n in range(200):
+    for n in range(120):
         hard = rng.normal(size=60)
         # Patients and training sets are hard for both arms; the gain is 0.1 on average.
         ours = hard + 0.1 + 0.2 * rng.normal(size=(6, 60)) + 0.1 * rng.normal(size=(6, 1))
         theirs = hard + 0.2 * rng.normal(size=(6, 60))
-        again = drawn_again([str(p) for p in range(60)], None, 6, resamples=200, seed=n)
+        again = drawn_again([str(p) for p in range(60)], None, 6, resamples=100, seed=n)
         gains = np.stack([means(a, again.scans) - means(b, again.scans) for a, b in zip(ours, theirs, strict=True)])
         low, high = interval(over_sets(gains, again))
         held += low <= 0.1 <= high
     # Six training sets drawn again vary a little less than six new ones.
-    assert 0.82 < held / 200 <= 0.99
+    assert 0.8 < held / 120 <= 0.995
 
 
 def test_what_intervals_say():
     assert [verdict(Interval(*ends)) for ends in ((0.1, 0.2), (0.0, 0.2), (-0.2, -0.1), (np.nan, np.nan))] == [
-        "helps", "no benefit", "harms", "no benefit",
+        "helps", "no benefit", "harms", "cannot tell",
     ]  # fmt: skip
     assert np.isnan(interval(np.array([1.0]))).all()
     again = drawn_again(["a", "a"], None, 1, resamples=50)

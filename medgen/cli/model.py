@@ -111,6 +111,21 @@ def evaluate(
         Path | None, typer.Option(help="TorchScript file whose features are compared, too. It is run: trust it.")
     ] = None,
     against: Annotated[str, typer.Option(help="Presets to fit beside the bundle, such as gaussian,gmm.")] = "",
+    utility: Annotated[
+        bool, typer.Option("--utility", help="Teach learners with and without synthetic scans: do these help?")
+    ] = False,
+    synthetic: Annotated[
+        Path | None, typer.Option(help="Output of augment whose scans are used [default: the bundle draws them].")
+    ] = None,
+    ratios: Annotated[str, typer.Option(help="Synthetic scans for each real one.")] = "0.5,1,2,5,10,20",
+    learners: Annotated[str, typer.Option(help="Learners of classes [default: svm,cnn,logistic].")] = "",
+    low_data: Annotated[
+        str, typer.Option(help="Training scans of each class of a learning curve, such as 10,25,50,100.")
+    ] = "",
+    draws: Annotated[int, typer.Option(min=1, help="Draws of patients for each point of that curve.")] = 5,
+    minutes: Annotated[
+        float, typer.Option(min=0.001, help="Training time of each generator of that curve: one a draw.")
+    ] = 5,
     out: Annotated[Path | None, typer.Option("-o", "--out", help="Folder for the tables; must not exist.")] = None,
     seed: Annotated[int, typer.Option(help="Decides painted lesions, drawn scans and whom intervals draw.")] = 0,
     device: Device = "auto",
@@ -122,7 +137,7 @@ def evaluate(
     as_json: AsJson = False,
     quiet: Quiet = False,
 ):
-    """How good a bundle is on scans it has not learned from: density, reconstruction, detection, drawn scans."""
+    """How good a bundle is on scans it has not learned from: density, reconstruction, detection, drawn scans, use."""
     options = reading(on_gap, on_tilt, xform, colour)
     with speaking(quiet):
         from medgen.data.lesions import KINDS_B
@@ -131,17 +146,41 @@ def evaluate(
         from medgen.tasks.evaluate import evaluate as run
         from medgen.tasks.generation import Drawn
         from medgen.tasks.generation import lines as lines_of_drawn
+        from medgen.tasks.usefulness_table import lines as lines_of_use
 
         asked = Asked(paint, tuple(listed(kinds)) or KINDS_B, listed(healthy), listed(ill), fpr, seed)
         drawn = Drawn(samples, extractor, tuple(listed(against)), seed)
+        useful = asked_use(ratios, learners, low_data, draws, minutes, synthetic, seed, utility=utility)
         found = run(
-            data, bundle, split=split, label=label, domain=domain, detection=asked, drawn=drawn, out=out,
+            data, bundle, split=split, label=label, domain=domain, detection=asked, drawn=drawn, useful=useful, out=out,
             device=device, options=options, force=force,
         )  # fmt: skip
-    told = [f"{name}: {value}" for name, value in found.items() if name not in ("detection", "generation")]
+    tables = ("detection", "generation", "utility")
+    told = [f"{name}: {value}" for name, value in found.items() if name not in tables]
     told += lines(found["detection"]) if "detection" in found else []
     told += lines_of_drawn(found["generation"]) if "generation" in found else []
+    told += lines_of_use(found["utility"]) if "utility" in found else []
     say(told + ([] if out is None else [f"Wrote the tables to {out}."]), found, as_json)
+
+
+def asked_use(
+    ratios: str, learners: str, low_data: str, draws: int, minutes: float, synthetic: Path | None, seed: int,
+    *, utility: bool,
+):  # fmt: skip
+    """What is asked of usefulness; None where nothing is."""
+    from medgen.errors import ConfigError
+    from medgen.metrics.utility import LEARNERS
+    from medgen.tasks.study import Useful
+
+    if not utility:
+        if learners or low_data or synthetic is not None:
+            raise ConfigError("--learners, --low-data and --synthetic say how use is measured: ask for it, --utility.")
+        return None
+    try:
+        shares, sizes = [float(one) for one in listed(ratios)], [int(one) for one in listed(low_data)]
+    except ValueError as error:
+        raise ConfigError("--ratios takes numbers, --low-data whole numbers, with commas between them.") from error
+    return Useful(shares, listed(learners) or LEARNERS, sizes, draws, minutes, synthetic, seed)
 
 
 @app.command()

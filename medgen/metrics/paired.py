@@ -15,7 +15,7 @@ from jaxtyping import Float, Int
 from medgen.metrics.intervals import Interval, patients_drawn
 from medgen.seeds import derived_seed
 
-Verdict = Literal["helps", "no benefit", "harms"]
+Verdict = Literal["helps", "no benefit", "harms", "cannot tell"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,11 +104,13 @@ def interval(found: Float[np.ndarray, " resamples"], confidence: float = 0.95) -
 
 
 def verdict(gain: Interval) -> Verdict:
-    """What an interval of a gain says; 'no benefit' where it holds 0, or says nothing.
+    """What an interval of a gain says; 'no benefit' where it holds 0, 'cannot tell' where there is none.
 
     >>> verdict(Interval(0.01, 0.05)), verdict(Interval(-0.01, 0.05)), verdict(Interval(-0.05, -0.01))
     ('helps', 'no benefit', 'harms')
     """
+    if gain.low != gain.low:
+        return "cannot tell"
     return "helps" if gain.low > 0 else "harms" if gain.high < 0 else "no benefit"
 
 

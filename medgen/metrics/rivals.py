@@ -20,7 +20,7 @@ from torch import Tensor
 
 from medgen.data.classic import classical_batch
 from medgen.errors import DataError
-from medgen.metrics.utility import Augmentation, LearnerName, class_auroc, decisions
+from medgen.metrics.utility import Augmentation
 from medgen.seeds import derived_seed
 
 # Which of classical transforms are tried: half, as they are, twice as strong.
@@ -68,7 +68,7 @@ def smote(
     seed: int = 0,
     near: int = _NEIGHBOURS,
 ) -> tuple[Float[np.ndarray, "m *space"], Int[np.ndarray, " m"]]:
-    """`each` scans a class, on lines from a scan a to one of its nearest b of that class: a + u (b - a), u in [0, 1].
+    """`each` scans a class, on lines from a scan a to one of its nearest b: a + u (b - a), u in [0, 1].
 
     Args:
         x: scans.
@@ -107,7 +107,8 @@ def mixture(
 ) -> tuple[Float[np.ndarray, "m *space"], Int[np.ndarray, " m"]]:
     """`each` scans a class, drawn from up to 5 Gaussians of that class among the principal components of all scans.
 
-    What the components leave out is added as noise. Fewer Gaussians where there are fewer than 10 scans for each. Values stay within those of the scans.
+    What the components leave out is added as noise. Fewer Gaussians where there are fewer than 10 scans for each.
+    Values stay within those of the scans.
 
     Args:
         x: scans.
@@ -198,45 +199,6 @@ def tuned(
     return sorted(strengths)[int(np.argmax(means))]
 
 
-def tuned_classical(
-    learner: LearnerName,
-    x: Float[np.ndarray, "n *space"],
-    y: Int[np.ndarray, " n"],
-    groups: Sequence[str],
-    *,
-    copies: int = 10,
-    seed: int = 0,
-    steps: int | None = None,
-) -> float:
-    """The strength of classical transforms that suits a learner on these training scans.
-
-    Args:
-        learner: which; the network meets them in every batch, others as `copies` of every scan.
-        x: training scans on [0, 1].
-        y: classes, from 0.
-        groups: whose each scan is.
-        copies: transformed scans for each training scan.
-        seed: of parts, transforms and networks.
-        steps: of the network.
-    """
-    classes = np.unique(y)
-
-    def score(strength: float, known: np.ndarray, new: np.ndarray) -> float:
-        if set(np.unique(y[known])) != set(classes) or set(np.unique(y[new])) != set(classes):
-            return float("nan")
-        if learner == "cnn":
-            taught = {"augment": augmentation(strength), "steps": steps, "runs": 1}
-            found = decisions(learner, (x[known], y[known]), x[new], seed=seed, **taught)
-        else:
-            moved, rows = classical(x[known], copies * len(known), strength=strength, seed=seed)
-            both = np.concatenate([x[known], moved]), np.concatenate([y[known], y[known][rows]])
-            weights = np.repeat([1.0, 1 / copies], [len(known), len(moved)])
-            found = decisions(learner, both, x[new], weights=weights)
-        return float(np.mean([class_auroc(one, y[new], classes) for one in found]))
-
-    return tuned(score, groups, strata=[str(one) for one in y], seed=seed)
-
-
 def _parts(groups: Sequence[str], strata: Sequence[str], count: int, seed: int) -> Int[np.ndarray, " n"]:
     """A part of each scan: patients of each stratum are dealt in turn, in an order by the seed."""
     rng = np.random.default_rng(derived_seed(seed, 16))
@@ -249,4 +211,4 @@ def _parts(groups: Sequence[str], strata: Sequence[str], count: int, seed: int) 
     return np.asarray([part[one] for one in groups])
 
 
-__all__ = ["STRENGTHS", "augmentation", "classical", "mixture", "mixup", "smote", "tuned", "tuned_classical"]
+__all__ = ["STRENGTHS", "augmentation", "classical", "mixture", "mixup", "smote", "tuned"]

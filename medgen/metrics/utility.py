@@ -6,7 +6,8 @@ same learner's number after training on real scans: as many of each class, the s
 
 The learners are fixed, so that numbers of different generators and of later versions compare:
 
-- `svm`: 64 whitened principal components and a support vector machine with a Gaussian kernel, C = 1. A target.
+- `svm`: 64 whitened principal components, fewer of fewer than 256 scans, and a support vector machine with a Gaussian
+  kernel, C = 1. A target.
 - `cnn`: five convolutions on three levels, 800 steps of 32 scans, the mean over 5 seeds. A target.
 - `logistic`: logistic regression on standardised voxels. Shown only: it rewards a generator for matching means.
 
@@ -34,6 +35,10 @@ LEARNERS: tuple[LearnerName, ...] = ("svm", "cnn", "logistic")
 # What decides whether a generator is useful; logistic regression is shown beside them.
 TARGETS: tuple[LearnerName, ...] = ("svm", "cnn")
 _COMPONENTS = 64
+# A component with a smaller part of the first one's variance is rounding.
+_FLAT = 1e-9
+# Scans, or their weight together, that a component takes.
+_A_COMPONENT = 4
 _SEEDS = 5
 _STEPS, _BATCH, _RATE = 800, 32, 2e-3
 _WIDTHS = (8, 16, 32)
@@ -184,19 +189,29 @@ def _classical(
 ) -> Float[np.ndarray, "m k"]:
     from sklearn.decomposition import PCA
     from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
+    from sklearn.pipeline import Pipeline, make_pipeline
     from sklearn.preprocessing import StandardScaler
     from sklearn.svm import SVC
 
     (scans, y), costs = _once_a_class(train, weights) if train[1].ndim == 2 else (train, weights)
     rows = scans.reshape(len(scans), -1)
+
+    def taught(pipeline: Pipeline) -> Pipeline:
+        return pipeline.fit(rows, y, **({} if costs is None else {f"{pipeline.steps[-1][0]}__sample_weight": costs}))
+
     if learner == "svm":
-        count = min(_COMPONENTS, *rows.shape)
-        pipeline = make_pipeline(PCA(count, whiten=True, random_state=0), SVC(C=1.0, kernel="rbf"))
+        # Whitened, the directions that a few scans happen to span would all be as loud as those that matter.
+        known = len(rows) if costs is None else int(costs.sum())
+        count = max(1, min(_COMPONENTS, known // _A_COMPONENT, *rows.shape))
+        pipeline = taught(make_pipeline(PCA(count, whiten=True, random_state=0), SVC(C=1.0, kernel="rbf")))
+        # Few scans span fewer directions than there are components: whitening would turn rounding into data.
+        spread = np.asarray(pipeline.named_steps["pca"].explained_variance_)
+        spans = int((spread > _FLAT * spread[0]).sum())
+        if 0 < spans < count:
+            pipeline = taught(make_pipeline(PCA(spans, whiten=True, random_state=0), SVC(C=1.0, kernel="rbf")))
     else:
-        pipeline = make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000))
-    taught = {} if costs is None else {f"{pipeline.steps[-1][0]}__sample_weight": costs}
-    found = pipeline.fit(rows, y, **taught).decision_function(x.reshape(len(x), -1))
+        pipeline = taught(make_pipeline(StandardScaler(), LogisticRegression(C=1.0, max_iter=2000)))
+    found = pipeline.decision_function(x.reshape(len(x), -1))
     return np.stack([-found, found], 1) if found.ndim == 1 else found
 
 

@@ -23,6 +23,9 @@ from medgen.tasks.generation import Drawn, generation, require_drawing
 from medgen.tasks.generation import write as write_generation
 from medgen.tasks.intake import require_images, scans_for, taken_in, training_scans
 from medgen.tasks.quality import quality
+from medgen.tasks.study import Useful
+from medgen.tasks.usefulness import usefulness
+from medgen.tasks.usefulness_table import write as write_usefulness
 from medgen.tasks.workspace import Workspace
 from medgen.training.device import device_for
 
@@ -64,6 +67,7 @@ def evaluate(
     domain: str | None = None,
     detection: Asked = Asked(),
     drawn: Drawn = Drawn(),
+    useful: Useful | None = None,
     out: str | Path | None = None,
     device: str = "auto",
     options: ReadOptions = ReadOptions(),
@@ -81,7 +85,8 @@ def evaluate(
         label, domain: take these scans only, as in training; ill scans are those of `detection`.
         detection: who is healthy, what is painted.
         drawn: how many scans to draw and compare with held-out ones.
-        out: a folder for the tables of detection and of drawn scans, which must not exist; None: none.
+        useful: how to find out whether learners do better with synthetic scans; None: not.
+        out: a folder for the tables of detection, drawn scans and usefulness, which must not exist; None: none.
         device: 'auto', 'cpu', 'cuda', 'mps'.
         options: how strict reading is.
         force: replace an existing output.
@@ -89,7 +94,7 @@ def evaluate(
     Returns:
         Names and numbers (see `medgen.tasks.quality.quality`), with the bundle's hash and the split; 'detection' holds
         tables (see `medgen.tasks.detection.measured`), 'generation' what drawn scans are like (see
-        `medgen.tasks.generation.generation`).
+        `medgen.tasks.generation.generation`), 'utility' what they are worth (see `medgen.tasks.usefulness.usefulness`).
 
     Raises:
         BundleError, CapabilityError, DataError, ConfigError, OutputError.
@@ -100,6 +105,7 @@ def evaluate(
         model.to(device_for(device))
     settings = {"data": str(Path(data).resolve()), "weights": bundle.weights_sha256, "split": split, "label": label}
     settings |= {"domain": domain, "detection": vars(detection), "drawn": vars(drawn)}
+    settings |= {} if useful is None else {"useful": vars(useful)}
     if drawn.scans:
         require_drawing(bundle)
     work = None if out is None else Workspace(out, settings, force=force)
@@ -110,6 +116,11 @@ def evaluate(
         found |= _quality(bundle, scans, options)
         told = _detection(place, bundle, split, detection, options)
         made = generation(bundle, scans, known, drawn, options) if drawn.scans else {}
+        if useful is not None:
+            if work:
+                work.record()
+            kept = work and work.folder / "training"
+            found["utility"] = usefulness(bundle, known, useful, options, device=device, kept=kept)
     # Each scan's numbers are for the files.
     each = told.pop("scans", [])
     if told:
@@ -123,6 +134,8 @@ def evaluate(
                 write(told, each, work.folder)
             if made:
                 write_generation(made, work.folder)
+            if useful is not None:
+                write_usefulness(found["utility"], work.folder)
         work.finish({"command": "evaluate", "settings": settings, "found": found})
     return found
 
