@@ -52,29 +52,53 @@ def segment(
         weights: how often each pair is met, beside the others; None: all alike, in shuffled passes.
         augment: what every batch goes through, on the scans' own scale.
     """
-    dims = x.ndim - 2
-    count = steps or STEPS[dims]
-    known, new = (_seen(one, dims) for one in (train[0], x))
-    maps = _coarse(_numbered(train[1], labels), known.shape[2:])
-    centre, spread = known.mean(), known.std().clamp(min=1e-6)
-    changes = torch.Generator().manual_seed(derived_seed(seed, 31))
-    loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(derived_seed(seed, 32) % 2**63)
-        network = UNet(dims, known.shape[1], len(labels) + 1, _WIDTHS, (2, 2), num_res_units=1).train()
-        optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=1e-2)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=count)
-        for rows in _order(len(known), _BATCH[dims], count, weights):
-            scans, drawn = known[rows], maps[rows]
-            if augment is not None:
-                scans, drawn = augment(scans, drawn, changes)
-            optimizer.zero_grad(set_to_none=True)
-            told = _inside(network(_padded((scans - centre) / spread)), scans.shape[2:])
-            loss(told, drawn[:, None]).backward()
-            optimizer.step()
-            schedule.step()
-    network.eval()
-    return _drawn(network, (new - centre) / spread, tuple(x.shape[2:]), labels)
+    taught = Segmenter(train, labels=labels, steps=steps, seed=seed, weights=weights, augment=augment)
+    return taught.maps(x)
+
+
+class Segmenter:
+    """The network, taught.
+
+    Args:
+        train, labels, steps, seed, weights, augment: as for `segment`.
+    """
+
+    def __init__(
+        self,
+        train: tuple[Float[np.ndarray, "n c *space"], Int[np.ndarray, "n *space"]],
+        *,
+        labels: Sequence[int],
+        steps: int | None = None,
+        seed: int = 0,
+        weights: Float[np.ndarray, " n"] | None = None,
+        augment: PairAugmentation | None = None,
+    ) -> None:
+        dims = train[0].ndim - 2
+        count, known = steps or STEPS[dims], _seen(train[0], dims)
+        maps = _coarse(_numbered(train[1], labels), known.shape[2:])
+        self._labels, self._centre, self._spread = tuple(labels), known.mean(), known.std().clamp(min=1e-6)
+        changes = torch.Generator().manual_seed(derived_seed(seed, 31))
+        loss = DiceCELoss(softmax=True, to_onehot_y=True, include_background=False)
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(derived_seed(seed, 32) % 2**63)
+            network = UNet(dims, known.shape[1], len(labels) + 1, _WIDTHS, (2, 2), num_res_units=1).train()
+            optimizer = torch.optim.AdamW(network.parameters(), _RATE, weight_decay=1e-2)
+            schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _RATE, total_steps=count)
+            for rows in _order(len(known), _BATCH[dims], count, weights):
+                scans, drawn = known[rows], maps[rows]
+                if augment is not None:
+                    scans, drawn = augment(scans, drawn, changes)
+                optimizer.zero_grad(set_to_none=True)
+                told = _inside(network(_padded((scans - self._centre) / self._spread)), scans.shape[2:])
+                loss(told, drawn[:, None]).backward()
+                optimizer.step()
+                schedule.step()
+        self._network = network.eval()
+
+    def maps(self, x: Float[np.ndarray, "m c *space"]) -> Int[np.ndarray, "m *space"]:
+        """Label maps of scans of one shape, on the scale of those it was taught by."""
+        seen = (_seen(x, x.ndim - 2) - self._centre) / self._spread
+        return _drawn(self._network, seen, tuple(x.shape[2:]), self._labels)
 
 
 def dice(
@@ -157,4 +181,4 @@ def _inside(x: Float[Tensor, "n c *padded"], shape: Sequence[int]) -> Float[Tens
     return x[(..., *(slice(0, n) for n in shape))]
 
 
-__all__ = ["STEPS", "PairAugmentation", "dice", "segment"]
+__all__ = ["STEPS", "PairAugmentation", "Segmenter", "dice", "segment"]

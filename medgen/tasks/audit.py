@@ -24,7 +24,8 @@ from medgen.metrics.membership import Closeness, likelihood_attack
 from medgen.metrics.spaces import shrunk
 from medgen.models.base import can
 from medgen.report.duplicates import duplicate_sheet
-from medgen.tasks.gates import Known, Verdict, log_densities, told_nothing_more
+from medgen.tasks.gates import Verdict
+from medgen.tasks.looks import Known, log_densities, told_nothing_more
 from medgen.tasks.ways.base import Made
 from medgen.tasks.ways.sources import patient_name, source_name
 from medgen.tasks.workspace import Workspace

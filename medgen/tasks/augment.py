@@ -24,10 +24,11 @@ from medgen.report.pictures import contact_sheet
 from medgen.tasks.audit import Audit, require_private
 from medgen.tasks.card import said_of_privacy, write_card
 from medgen.tasks.conditions import Masks
-from medgen.tasks.gates import Gates, known_scans, require_several
+from medgen.tasks.gates import Gates, require_several
 from medgen.tasks.generate import Tally, generate
 from medgen.tasks.intake import require_training_scans
 from medgen.tasks.learn import learn
+from medgen.tasks.looks import known_scans
 from medgen.tasks.outputs.files import Facts, Output
 from medgen.tasks.outputs.layout import Layout, layout_of
 from medgen.tasks.plan import Choices, Plan, plan_training
@@ -133,8 +134,9 @@ def augment(
         work.record()
         trained = given or (_learned(plan, work, seed, device, options) if asked.needs_model else None)
         recipe = trained.recipe if trained else plan.recipe
-        known = known_scans(plan.manifest, ("train", "val"), recipe, options)
-        held = known_scans(plan.manifest, ("calibration",), recipe, options)
+        labels = trained.model.config.labels if trained else ()
+        known = known_scans(plan.manifest, ("train", "val"), recipe, options, labels)
+        held = known_scans(plan.manifest, ("calibration",), recipe, options, labels)
         if known is None:
             raise DataError("No scan is left to learn from. Check the messages above.")
         gates = Gates(known, held, trained, reject=asked.reject, seed=seed)

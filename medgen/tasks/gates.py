@@ -1,42 +1,35 @@
 """Which of the scans that were made are written: those that look like real ones, like their class, and like nobody.
 
-Quality. A scan is rejected that lies further from the training scans than all but `reject` of held-out scans do *and*
-than the model's own scans usually do (beyond the upper fence of its first draws; Tukey 1977, "Exploratory data
-analysis"): a model whose scans all differ from real ones, as those of blurring models do, is told about in a note
-rather than refused scan by scan. One of a class is rejected, too, that looks less like its class than all but `reject`
+Quality. A scan is rejected that lies further from the training scans than all but `reject` of held-out scans do, by any
+of the tests of `medgen.tasks.looks`. Where most of a model's first scans do, as those of blurring models, a note says
+so, and only those are rejected that are unusual among them, too (beyond the upper fence; Tukey 1977, "Exploratory data
+analysis"). One of a class is rejected, too, that looks less like its class than all but `reject`
 of the held-out scans of that class.
 
 Privacy. A scan from noise that is a copy of a training scan is never written (`medgen.metrics.memorisation`). Derived
 scans show their source by design, and say so.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal, cast
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Float
 from torch import Tensor
 
 from medgen.bundle import Bundle
-from medgen.data.dataset import ScanDataset
-from medgen.data.manifest import Manifest, Row
-from medgen.data.recipe import Recipe
 from medgen.errors import PrivacyError
-from medgen.io.source import ReadOptions
 from medgen.log import note
-from medgen.metrics.appearance import FEWEST_OF_CLASS, Appearance, Look, conformal
+from medgen.metrics.appearance import FEWEST_OF_CLASS, Appearance, conformal
 from medgen.metrics.memorisation import CopyDetector, CopyTest
-from medgen.models.abilities import Perceives
-from medgen.models.base import Model, can
-from medgen.tasks.conditions import conditions_for, told_of
+from medgen.models.base import can
+from medgen.tasks.looks import Far, Known, Seen, apart, critics, misfit, told_nothing_more, unusual
 from medgen.tasks.ways.base import Made
 
-Reason = Literal["", "appearance", "critic", "density", "label", "copy"]
+Reason = Literal["", "appearance", "critic", "density", "mask", "label", "copy"]
 # Held-out scans and planted copies of each kind that thresholds are set by, at most.
 _MOST_HELD, _COPIES = {2: 500, 3: 60}, {2: 20, 3: 8}
-_AT_ONCE = 32
 
 
 @dataclass(frozen=True)
@@ -54,51 +47,6 @@ class Verdict:
     facts: Mapping[str, float]
     nearest: int = -1
     far: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, eq=False)
-class Known:
-    """Real scans as a model sees them.
-
-    Args:
-        x: (n, c, *space), image channels only.
-        rows: what the data tell of each.
-    """
-
-    x: Float[Tensor, "n c *space"]
-    rows: tuple[Row, ...]
-
-    def __len__(self) -> int:
-        return len(self.rows)
-
-    @property
-    def patients(self) -> tuple[str, ...]:
-        """Whose they are."""
-        return tuple(row.patient for row in self.rows)
-
-    @property
-    def labels(self) -> tuple[str, ...]:
-        """Their classes."""
-        return tuple(row.label for row in self.rows)
-
-    def take(self, which: Int[np.ndarray, " m"]) -> "Known":
-        """Some of them."""
-        return Known(self.x[torch.from_numpy(which)], tuple(self.rows[n] for n in which))
-
-
-def known_scans(manifest: Manifest, splits: Sequence[str], recipe: Recipe, options: ReadOptions) -> Known | None:
-    """The scans of some splits, prepared; None where there are none."""
-    rows = tuple(row for row in manifest.rows if row.split in splits)
-    if not rows:
-        return None
-    data = ScanDataset(replace(manifest, rows=rows), recipe, options=options)
-    items = [data[n] for n in range(len(data))]
-    of = {row.case: row for row in rows}
-    return Known(torch.stack([item["x"] for item in items]), tuple(of[item["case"]] for item in items))
-
-
-# How far scans (n, c, *space) of these classes are from the training scans, (n,).
-Far = Callable[[Tensor, Sequence[str]], np.ndarray]
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,12 +90,15 @@ class Gates:
             return
         labels = np.asarray([self._classes.index(name) for name in known.labels])
         self._look = Appearance(known.x, labels)
-        self._learn("appearance", _apart(self._look), some)
+        self._learn("appearance", apart(self._look), some)
         if bundle is not None and told_nothing_more(bundle.model):
             if can(bundle.model, "perceives"):
-                self._learn("critic", _apart(Appearance(known.x, None, _critic(bundle.model))), some)
+                self._learn("critic", apart(Appearance(known.x, None, critics(bundle.model))), some)
             if can(bundle.model, "scores_density", "bounds_density"):
-                self._learn("density", _unusual(bundle.model, some), some)
+                self._learn("density", unusual(bundle.model, some), some)
+        if bundle is not None and known.maps is not None and some.maps is not None:
+            note("Teaching a small network what masks look like on these scans, to see whether drawn ones fit.")
+            self._learn("mask", misfit(known, bundle.model.config.labels, seed=seed), some)
         self._learn_labels(some)
 
     @property
@@ -156,7 +107,7 @@ class Gates:
         return tuple(test.name for test in self._tests)
 
     def _learn(self, name: Reason, distances: Far, held: Known) -> None:
-        far = distances(held.x, held.labels)
+        far = distances(held.seen)
         self._tests.append(_Test(name, distances, far, float(np.quantile(far, 1 - self._reject, method="higher"))))
 
     def _learn_labels(self, held: Known) -> None:
@@ -171,29 +122,32 @@ class Gates:
     def learn_usual(self, how: str, made: Sequence[Made]) -> None:
         """Learn from the first scans made in one way how far from the training scans such scans usually are."""
         self.usual.add(how)
-        x = torch.stack([one.x for one in made])
-        for test in self._tests:
-            far = test.distances(x, [one.label for one in made])
+        for test in self._tests_of(made):
+            far = test.distances(Seen.of(made))
             low, high = np.quantile(far, [0.25, 0.75])
-            test.fences[how] = float(high + 1.5 * (high - low))
             share = float((far > test.limit).mean())
             if share > 0.5:
+                test.fences[how] = float(high + 1.5 * (high - low))
                 note(
                     f"By {test.name}, {share:.0%} of the first {len(made)} scans ({how}) are further from the training "
                     f"scans than all but {self._reject:.0%} of held-out scans: train for longer, or use another "
                     "preset. Only those unusual among them are rejected."
                 )
 
+    def _tests_of(self, made: Sequence[Made]) -> list[_Test]:
+        """The tests that these scans can be put to: masks are compared where a model drew them."""
+        return [test for test in self._tests if test.name != "mask" or all(one.seen is not None for one in made)]
+
     def judge(self, made: Sequence[Made]) -> list[Verdict]:
         """A verdict for each scan."""
         if not made:
             return []
-        x = torch.stack([one.x for one in made])
+        seen = Seen.of(made)
         reasons: list[Reason] = ["" for _ in made]
         facts: list[dict[str, float]] = [{} for _ in made]
         unlike: list[list[str]] = [[] for _ in made]
-        for test in self._tests:
-            far = test.distances(x, [one.label for one in made])
+        for test in self._tests_of(made):
+            far = test.distances(seen)
             p = conformal(far, test.held)
             for n, one in enumerate(made):
                 facts[n][f"p_{test.name}"] = round(float(p[n]), 4)
@@ -201,8 +155,8 @@ class Gates:
                 reasons[n] = reasons[n] or (test.name if far[n] > limit else "")
                 unlike[n] += [test.name] * bool(far[n] > test.limit)
         if self._doubts:
-            self._judge_labels(made, x, reasons, facts)
-        nearest = self._judge_copies(made, x, reasons, facts)
+            self._judge_labels(made, seen.x, reasons, facts)
+        nearest = self._judge_copies(made, seen.x, reasons, facts)
         return [Verdict(*told) for told in zip(reasons, facts, nearest, map(tuple, unlike), strict=True)]
 
     def _judge_labels(
@@ -256,52 +210,4 @@ def _copy_test(detector: CopyDetector, held: Known | None, copies: int, seed: in
     return test
 
 
-def told_nothing_more(model: Model) -> bool:
-    """Whether a model is told nothing of a scan but its class."""
-    told = told_of(model.config)
-    return not (told["context"] or told["covariates"] or model.config.labels)
-
-
-def _apart(look: Appearance) -> Far:
-    def far(x: Float[Tensor, "n c *space"], labels: Sequence[str]) -> Float[np.ndarray, " n"]:
-        return look.distance(look.rows(x))
-
-    return far
-
-
-def _critic(model: Model) -> Look:
-    """What a model's critic sees in scans."""
-
-    @torch.no_grad()
-    def look(x: Float[Tensor, "n c *space"]) -> Float[np.ndarray, "n d"]:
-        parts = [cast(Perceives, model).perceive(part.to(model.device)).cpu() for part in x.split(_AT_ONCE)]
-        return torch.cat(parts).flatten(1).double().numpy()
-
-    return look
-
-
-def _unusual(model: Model, held: Known) -> Far:
-    """How far log densities are from the middle of held-out ones, either way: too likely is unusual, too."""
-    usual = float(np.median(log_densities(model, held.x, held.labels)))
-
-    def far(x: Float[Tensor, "n c *space"], labels: Sequence[str]) -> Float[np.ndarray, " n"]:
-        return np.abs(log_densities(model, x, labels) - usual)
-
-    return far
-
-
-@torch.no_grad()
-def log_densities(model: Model, x: Float[Tensor, "n c *space"], labels: Sequence[str]) -> Float[np.ndarray, " n"]:
-    """Log density of each scan given its class, or the bound that the model has of it, nats."""
-    cond = conditions_for(model.config, labels, [{} for _ in labels])
-    density: Any = model
-    density = density.log_prob if can(model, "scores_density") else density.elbo
-    found = []
-    for first in range(0, len(x), _AT_ONCE):
-        which = slice(first, first + _AT_ONCE)
-        told = None if cond is None else cond[which].to(model.device)
-        found.append(density(x[which].to(model.device), told).cpu())
-    return torch.cat(found).double().numpy()
-
-
-__all__ = ["Gates", "Known", "Verdict", "known_scans", "log_densities", "require_several", "told_nothing_more"]
+__all__ = ["Gates", "Verdict", "require_several"]

@@ -24,8 +24,9 @@ from medgen.log import note
 from medgen.scan import Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.conditions import told_of
-from medgen.tasks.gates import Gates, known_scans
+from medgen.tasks.gates import Gates
 from medgen.tasks.intake import require_training_scans
+from medgen.tasks.looks import known_scans
 from medgen.tasks.ways.base import Made, Material
 from medgen.tasks.ways.sample import AT_ONCE, SampleWay
 

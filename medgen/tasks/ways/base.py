@@ -4,7 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol, runtime_checkable
 
-from jaxtyping import Float
+import numpy as np
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from medgen.bundle import Bundle
@@ -27,6 +28,7 @@ class Made:
         scan: as it will be written: on its grid, in its unit.
         label: its class, '' for none.
         mask: its label map on the grid of `scan`; None where there is none.
+        seen: the same on the voxels of `x`, where a model drew it; None where it did not.
         covariates: what else is said of it, such as age.
         how: which way it was made.
         sources: cases of the training scans that it was made of; none where it came from noise.
@@ -38,6 +40,7 @@ class Made:
     scan: Scan
     label: str = ""
     mask: Scan | None = None
+    seen: Int[np.ndarray, "*space"] | None = None
     covariates: Mapping[str, str] = field(default_factory=dict)
     how: How = "sample"
     sources: tuple[str, ...] = ()

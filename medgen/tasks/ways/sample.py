@@ -95,12 +95,12 @@ class SampleWay:
     ) -> Made:
         labels = self._config.labels
         images = self._bundle.contract.channels
-        mask = None
+        mask = drawn = None
         if labels:
-            channels = values[images:] if shape is None else shape
-            mask = label_scan(self._bundle, label_map(channels.numpy(), labels)).onto(self._grid, outside=0)
+            drawn = label_map((values[images:] if shape is None else shape).numpy(), labels)
+            mask = label_scan(self._bundle, drawn).onto(self._grid, outside=0)
         scan = synthetic_scan(self._bundle, values[:images]).onto(self._grid, outside=0)
-        return Made(values[:images].clone(), scan, label, mask, dict(cells), "sample", parameters=facts)
+        return Made(values[:images].clone(), scan, label, mask, drawn, dict(cells), "sample", parameters=facts)
 
 
 def require_sampling(bundle: Bundle) -> None:
