@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -47,10 +47,12 @@ class Contract(BaseModel):
         spacing: median mm of the training scans.
         low, high: range that the training scans' physical values span.
         integers: the training files stored whole numbers, so generated ones do too.
-        slope, intercept: median Scale of the prepared training scans; gives generated scans their unit.
+        slope, intercept: median Scale of the prepared training scans, a number or one a channel; gives generated scans
+            their unit.
         grid: where generated scans lie.
         space: NIfTI xform code of that grid.
         body_part: such as 'BRAIN'.
+        names: of the channels, such as the domains that were joined; empty where there is nothing to tell.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -63,11 +65,12 @@ class Contract(BaseModel):
     low: float
     high: float
     integers: bool = False
-    slope: float = 1.0
-    intercept: float = 0.0
+    slope: float | tuple[float, ...] = 1.0
+    intercept: float | tuple[float, ...] = 0.0
     grid: dict
     space: int = 1
     body_part: str = ""
+    names: tuple[str, ...] = ()
 
     @field_validator("grid")
     @classmethod
@@ -77,6 +80,14 @@ class Contract(BaseModel):
         except (GeometryError, KeyError, TypeError) as error:
             raise ValueError(f"not a grid: {error}") from error
         return grid
+
+    @model_validator(mode="after")
+    def _one_a_channel(self) -> "Contract":
+        if np.shape(self.slope) != np.shape(self.intercept) or np.shape(self.slope) not in ((), (self.channels,)):
+            raise ValueError(f"slope and intercept: expected numbers, or one for each of {self.channels} channels")
+        if self.names and len(self.names) != self.channels:
+            raise ValueError(f"names: expected {self.channels}, one a channel, not {len(self.names)}")
+        return self
 
     def check(self, scan: Scan) -> list[str]:
         """Refuse a scan of another kind; return warnings about one that is merely unusual.
@@ -135,7 +146,8 @@ class Contract(BaseModel):
         grid = Grid.from_dict(self.grid)
         scale = recipe_scale or Scale(self.slope, self.intercept, self.unit)
         voxels = values.reshape(values.shape[0], *grid.shape)
-        header = Header(modality=self.modality, body_part=self.body_part, space=self.space, synthetic=True)
+        names = self.names if len(self.names) == len(voxels) else ()
+        header = Header(self.modality, self.body_part, self.space, synthetic=True, channels=names)
         return Scan(voxels, grid, scale, header)
 
 

@@ -2,12 +2,17 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from typing import cast
 
 import numpy as np
 from jaxtyping import Bool, Float, Shaped
 
 from medgen.errors import DataError
 from medgen.grid import Grid
+
+# A number for all channels, or a tuple of one for each.
+PerChannel = float | int | tuple[float | int, ...]
+_Range = tuple[float | int, float | int]
 
 # Two lattices coincide when no voxel centre is further off than this part of a voxel.
 _LATTICE_TOLERANCE = 1e-3
@@ -18,33 +23,85 @@ class Scale:
     """What the stored numbers mean: physical = slope * stored + intercept, in `unit`.
 
     DICOM's Modality LUT and NIfTI's scl fields are exactly this; normalising a scan edits its Scale
-    instead of forgetting it. `clip` records the physical range that values were cut to, if any.
+    instead of forgetting it. Several modalities of a patient have a line each: then values are (..., c, i, j, k).
+
+    Args:
+        slope, intercept: of all channels, or both a tuple of one a channel.
+        unit: of the physical values, such as 'HU'.
+        clip: the physical range that values were cut to, if any; one a channel where slopes are.
+
+    Raises:
+        DataError: a slope is 0 or not finite, or there are not as many intercepts as slopes.
 
     >>> Scale(2.0, -1024.0, "HU").physical(np.array([0, 512])).tolist()
     [-1024.0, 0.0]
+    >>> Scale((2.0, 10.0), (0.0, 5.0)).physical(np.ones((2, 1, 1, 1))).ravel().tolist()
+    [2.0, 15.0]
     """
 
-    slope: float | int = 1.0
-    intercept: float | int = 0.0
+    slope: PerChannel = 1.0
+    intercept: PerChannel = 0.0
     unit: str = ""
-    clip: tuple[float | int, float | int] | None = None
+    clip: _Range | tuple[_Range, ...] | None = None
 
     def __post_init__(self) -> None:
-        if not np.isfinite([self.slope, self.intercept]).all() or self.slope == 0:
+        if np.shape(self.slope) != np.shape(self.intercept) or np.shape(self.slope) == (0,):
+            raise DataError(f"A scale needs an intercept for every slope; found {self.slope}, {self.intercept}.")
+        if not np.isfinite([self.slope, self.intercept]).all() or not np.all(self.slope):
             raise DataError(f"A scale needs a finite slope other than 0; found {self.slope}, {self.intercept}.")
+
+    @property
+    def numbers(self) -> tuple[float | int, float | int]:
+        """Slope and intercept where all channels share them.
+
+        Raises:
+            DataError: each channel has its own.
+        """
+        if isinstance(self.slope, tuple) or isinstance(self.intercept, tuple):
+            raise DataError(
+                f"Expected one scale for all channels; found {self.slope}, {self.intercept}. Take one channel of the "
+                "scan (Scan.channel), or its physical values (Scan.in_one_scale)."
+            )
+        return self.slope, self.intercept
+
+    def channel(self, number: int) -> "Scale":
+        """The Scale of one channel."""
+        if not isinstance(self.slope, tuple) or not isinstance(self.intercept, tuple):
+            return self
+        clip = None if self.clip is None else cast(_Range, self.clip[number])
+        return Scale(self.slope[number], self.intercept[number], self.unit, clip)
 
     def physical(self, stored: np.ndarray) -> np.ndarray:
         """Physical values of stored ones, float32 (float64 stays)."""
-        kind = np.float64 if stored.dtype == np.float64 else np.float32
-        return stored.astype(kind) * kind(self.slope) + kind(self.intercept)
+        kind = np.dtype(np.float64 if stored.dtype == np.float64 else np.float32)
+        return stored.astype(kind) * _across(self.slope, kind) + _across(self.intercept, kind)
 
     def stored(self, physical: np.ndarray | float | int) -> np.ndarray | float:
         """Stored values of physical ones, not rounded."""
-        return (np.asarray(physical) - self.intercept) / self.slope
+        values = np.asarray(physical)
+        kind = values.dtype if values.dtype.kind == "f" else np.dtype(np.float64)
+        return (values - _across(self.intercept, kind)) / _across(self.slope, kind)
 
     def normalised(self, low: float | int, high: float | int) -> "Scale":
         """The Scale after stored values were mapped by (stored - low) / (high - low)."""
-        return replace(self, slope=self.slope * (high - low), intercept=self.slope * low + self.intercept)
+        slope, intercept = np.asarray(self.slope), np.asarray(self.intercept)
+        return replace(self, slope=_told(slope * (high - low)), intercept=_told(slope * low + intercept))
+
+    def between(self, other: "Scale", part: float) -> "Scale":
+        """What values mean `part` of the way from here to another Scale of this unit."""
+        slope = (1 - part) * np.asarray(self.slope) + part * np.asarray(other.slope)
+        intercept = (1 - part) * np.asarray(self.intercept) + part * np.asarray(other.intercept)
+        return Scale(_told(slope), _told(intercept), self.unit)
+
+
+def _across(value: PerChannel, kind: np.dtype) -> np.ndarray:
+    """A number of this kind; one a channel, to go over (c, i, j, k)."""
+    return np.reshape(np.asarray(value, kind), (-1, 1, 1, 1) if isinstance(value, tuple) else ())
+
+
+def _told(values: np.ndarray | np.generic) -> PerChannel:
+    """An array of no axis as a number, of one as a tuple."""
+    return tuple(values.tolist()) if values.ndim else values.item()
 
 
 @dataclass(frozen=True)
@@ -106,6 +163,8 @@ class Scan:
             raise DataError(f"Voxels (c, i, j, k) must fit the grid {self.grid.shape}; found {self.voxels.shape}.")
         if self.valid is not None and self.valid.shape != self.grid.shape:
             raise DataError(f"The valid mask {self.valid.shape} must have the grid's shape {self.grid.shape}.")
+        if np.shape(self.scale.slope) not in ((), (self.channels,)):
+            raise DataError(f"A scale of {np.size(self.scale.slope)} channels does not fit a scan of {self.channels}.")
         for name in ("voxels", "valid"):
             if (held := getattr(self, name)) is not None:
                 frozen = held.view()
@@ -133,11 +192,24 @@ class Scan:
         """The same place and header with other stored values."""
         return replace(self, voxels=voxels, scale=scale or self.scale)
 
+    def channel(self, number: int) -> "Scan":
+        """One channel by itself, with its own Scale and name."""
+        header = replace(self.header, channels=self.header.channels[number : number + 1])
+        voxels = self.voxels[number : number + 1]
+        return replace(self, voxels=voxels, scale=self.scale.channel(number), header=header)
+
+    def in_one_scale(self) -> "Scan":
+        """The scan as files hold it that know one slope for all channels: physical values where there are several."""
+        if not isinstance(self.scale.slope, tuple):
+            return self
+        header, scale = replace(self.header, padding=None), Scale(unit=self.scale.unit)
+        return replace(self, voxels=self.scale.physical(self.voxels), scale=scale, header=header)
+
     def with_header(self, **changes: object) -> "Scan":
         """The same scan with some header fields changed."""
         return replace(self, header=replace(self.header, **changes))
 
-    def onto(self, grid: Grid, *, outside: float | int) -> "Scan":
+    def onto(self, grid: Grid, *, outside: PerChannel) -> "Scan":
         """This scan on another grid: an exact copy where the lattices coincide, else one interpolation.
 
         Linear for images (after a Gaussian low-pass along every axis that gets coarser, with the
@@ -147,17 +219,23 @@ class Scan:
 
         Args:
             grid: where the voxels shall be.
-            outside: physical value beyond the field of view (CT -1024; maps NaN).
+            outside: physical value beyond the field of view (CT -1024; maps NaN), or one a channel.
+
+        Raises:
+            DataError: there is a value outside for each of more channels, or fewer.
         """
         if self.grid == grid:
             return self
         matrix = self.grid.index_of(grid)
         lattice = _coinciding(matrix, grid.shape)
-        fill = float(self.scale.stored(outside))
-        return self._interpolated(grid, matrix, fill) if lattice is None else self._copied(grid, lattice, fill)
+        told = outside if isinstance(outside, tuple) else (outside,) * self.channels
+        if len(told) != self.channels:
+            raise DataError(f"Expected one value outside, or {self.channels}, one a channel; found {len(told)}.")
+        fills = [float(self.scale.channel(n).stored(value)) for n, value in enumerate(told)]
+        return self._interpolated(grid, matrix, fills) if lattice is None else self._copied(grid, lattice, fills)
 
-    def _copied(self, grid: Grid, lattice: np.ndarray, fill: float) -> "Scan":
-        """The same numbers at their new places, `fill` where there are none; a view if there are none such."""
+    def _copied(self, grid: Grid, lattice: np.ndarray, fills: Sequence[float]) -> "Scan":
+        """The same numbers at their new places, each channel's fill where there are none; a view if none such."""
         order = [int(np.flatnonzero(column)[0]) for column in lattice[:3, :3].T]
         steps = [int(lattice[old, new]) for new, old in enumerate(order)]
         take, put = [], []
@@ -171,7 +249,7 @@ class Scan:
             put.append(slice(first, last))
         covered = all(part == slice(0, length) for part, length in zip(put, grid.shape, strict=True))
 
-        def moved(values: np.ndarray, fill: float | int, dtype: np.dtype) -> np.ndarray:
+        def moved(values: np.ndarray, fill: np.ndarray | bool, dtype: np.dtype) -> np.ndarray:
             lead = values.ndim - 3
             turned = values.transpose(*range(lead), *[lead + old for old in order])
             taken = turned[(..., *[slice(None, None, step) for step in steps])][(..., *take)]
@@ -181,15 +259,16 @@ class Scan:
             out[(..., *put)] = taken
             return out
 
-        dtype, fill = _holding(self.voxels.dtype, fill)
+        dtype, held = _holding(self.voxels.dtype, fills)
         valid = None if self.valid is None else moved(self.valid, True, self.valid.dtype)
-        return replace(self, voxels=moved(self.voxels, fill, dtype), grid=grid, valid=valid)
+        return replace(self, voxels=moved(self.voxels, np.reshape(held, (-1, 1, 1, 1)), dtype), grid=grid, valid=valid)
 
-    def _interpolated(self, grid: Grid, matrix: np.ndarray, fill: float) -> "Scan":
+    def _interpolated(self, grid: Grid, matrix: np.ndarray, fills: Sequence[float]) -> "Scan":
         """One interpolation of every channel; unmeasured voxels have no say in it."""
         if self.is_label:
-            dtype, fill = _holding(self.voxels.dtype, fill)
-            moved = [_resample(values.astype(dtype), matrix, grid.shape, fill, "nearest") for values in self.voxels]
+            dtype, held = _holding(self.voxels.dtype, fills)
+            each = zip(self.voxels, held, strict=True)
+            moved = [_resample(values.astype(dtype), matrix, grid.shape, fill, "nearest") for values, fill in each]
             valid = None if self.valid is None else _resample(self.valid, matrix, grid.shape, 1, "nearest")
             return replace(self, voxels=np.stack(moved), grid=grid, valid=valid)
         sigma = _antialias_sigma(matrix, self.grid.shape)
@@ -202,19 +281,20 @@ class Scan:
         if self.valid is not None:
             known &= self.valid
         if known.all():
-            return replace(self, voxels=np.stack([spread(values, fill) for values in voxels]), grid=grid, valid=None)
+            moved = [spread(values, fill) for values, fill in zip(voxels, fills, strict=True)]
+            return replace(self, voxels=np.stack(moved), grid=grid, valid=None)
         # Normalised convolution: unmeasured voxels have weight 0 instead of a made-up value.
         weight = spread(known.astype(voxels.dtype), 0.0)
         seen = weight > 0.5
         inside = _resample(np.ones(self.grid.shape, np.uint8), matrix, grid.shape, 0, "nearest") > 0
-        hole = np.nan
-        if self.valid is not None:
-            hole = fill if self.header.padding is None else self.header.padding
-        unseen = np.where(inside, hole, fill)
-        moved = [
-            np.where(seen, spread(np.where(known, values, 0), 0.0) / np.where(seen, weight, 1), unseen)
-            for values in voxels
-        ]
+        moved = []
+        for values, fill in zip(voxels, fills, strict=True):
+            hole = np.nan
+            if self.valid is not None:
+                hole = fill if self.header.padding is None else self.header.padding
+            unseen = np.where(inside, hole, fill)
+            inner = spread(np.where(known, values, 0), 0.0) / np.where(seen, weight, 1)
+            moved.append(np.where(seen, inner, unseen))
         valid = None if self.valid is None else seen | ~inside
         return replace(self, voxels=np.stack(moved).astype(voxels.dtype), grid=grid, valid=valid)
 
@@ -231,18 +311,18 @@ def _coinciding(matrix: np.ndarray, shape: Sequence[int]) -> np.ndarray | None:
     return rounded if furthest.max() < _LATTICE_TOLERANCE and error[:3, :3].max() < 1e-2 else None
 
 
-def _holding(dtype: np.dtype, value: float | int) -> tuple[np.dtype, float | int]:
-    """The type, floating if it must be, that holds `value`, and the value as that type holds it."""
+def _holding(dtype: np.dtype, values: Sequence[float]) -> tuple[np.dtype, Sequence[float | int]]:
+    """The type, floating if it must be, that holds all `values`, and them as that type holds them."""
     if np.issubdtype(dtype, np.floating):
-        return dtype, value
+        return dtype, values
     low, high = (0, 1) if dtype.kind == "b" else (np.iinfo(dtype).min, np.iinfo(dtype).max)
-    if (
-        np.isfinite(value)
-        and low <= (whole := round(value)) <= high
-        and abs(value - whole) <= 1e-6 * max(1, abs(value))
+    wholes = [round(value) for value in values if np.isfinite(value)]
+    if len(wholes) == len(values) and all(
+        low <= whole <= high and abs(value - whole) <= 1e-6 * max(1, abs(value))
+        for value, whole in zip(values, wholes, strict=True)
     ):
-        return dtype, whole
-    return np.result_type(dtype, np.float32), value
+        return dtype, wholes
+    return np.result_type(dtype, np.float32), values
 
 
 def _antialias_sigma(matrix: np.ndarray, shape: Sequence[int]) -> tuple[float, ...]:
@@ -276,4 +356,4 @@ def _resample(values: np.ndarray, matrix: np.ndarray, shape: Sequence[int], fill
     return SimpleITK.GetArrayFromImage(moved).T.astype(values.dtype, copy=False)
 
 
-__all__ = ["Header", "Scale", "Scan"]
+__all__ = ["Header", "PerChannel", "Scale", "Scan"]

@@ -5,18 +5,25 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pydantic import ValidationError
 
 import medgen
 from medgen import io
-from medgen.bundle import Bundle
+from medgen.bundle import Bundle, Contract
 from medgen.data.manifest import Manifest, Row, index
 from medgen.errors import DataError, PrivacyError
 from medgen.grid import Grid
+from medgen.io.dicom.write import Provenance, write_series
 from medgen.io.source import ReadOptions
 from medgen.log import reporting
 from medgen.scan import Scan
-from medgen.tasks.intake import require_training_scans, scans_for, training_scans
+from medgen.tasks.derived import derived_scan
+from medgen.tasks.intake import require_training_scans, scans_for, taken_in, training_scans
+from medgen.tasks.outputs.files import Facts, Output
+from medgen.tasks.outputs.layout import layout_of
 from medgen.tasks.plan import Choices, plan_training
+from medgen.tasks.ways.base import Made
+from medgen.tasks.ways.sample import synthetic_scan
 
 GRID = Grid((8, 8, 8), np.eye(4))
 
@@ -134,6 +141,73 @@ def test_a_bundle_of_joined_scans_knows_its_scans_again(both, tmp_path):
     only.save(tmp_path / "t1.csv")
     with pytest.raises(PrivacyError, match="did not learn from these scans"):
         require_training_scans(bundle, tmp_path / "t1.csv", ReadOptions())
+
+
+@pytest.fixture(scope="module")
+def unlike(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """T1w and T2w of eight people in BIDS: the T2w five times as bright as the T1w, and on another level."""
+    folder = tmp_path_factory.mktemp("unlike") / "world"
+    rng = np.random.default_rng(4)
+    apart = np.sqrt(sum((axis - 3.5) ** 2 for axis in np.indices((8, 8, 8))))
+    for n in range(8):
+        place = folder / f"sub-{n:02d}" / "anat"
+        place.mkdir(parents=True)
+        head = (apart < rng.uniform(2.2, 3.2)) * rng.uniform(0.8, 1, (8, 8, 8))
+        for name, low, high in (("T1w", 0.0, 0.15), ("T2w", 0.05, 0.78)):
+            values = (low + (high - low) * head).astype(np.float32)
+            io.write(Scan(values[None], GRID), place / f"sub-{n:02d}_{name}.nii.gz")
+    return folder
+
+
+def test_each_modality_is_learned_in_its_own_range_and_drawn_in_it(unlike, tmp_path):
+    made = medgen.train(unlike, tmp_path / "b", preset="gaussian", domain="T1w+T2w", minutes=None)
+    bundle = Bundle.load(made)
+    contract = bundle.contract
+    assert contract.names == ("T1w", "T2w")
+    assert contract.slope == pytest.approx((0.15, 0.73), rel=0.03)
+    assert contract.intercept == pytest.approx((0, 0.05), abs=1e-6)
+    # A real scan: the brightest of each channel is 1, and physical values come back.
+    manifest = index(unlike).joined(("T1w", "T2w"))
+    source = io.read(manifest.locate(manifest.rows[0].path))
+    ready = bundle.recipe(source)
+    assert ready.voxels.max(axis=(1, 2, 3)).tolist() == [1, 1]
+    back = ready.onto(source.grid, outside=ready.scale.intercept).physical()
+    cut = np.minimum(source.physical(), np.reshape([high for _, high in ready.scale.clip], (2, 1, 1, 1)))
+    np.testing.assert_allclose(back, cut, rtol=1e-5, atol=1e-7)
+    # A generated one: a file for each modality, as bright as that modality is.
+    values = bundle.model.sample(2, seed=0)[0].clamp(0, 1)
+    scan = synthetic_scan(bundle, values)
+    assert scan.header.channels == ("T1w", "T2w")
+    output = Output(tmp_path, layout_of(unlike, manifest), Facts("gaussian"))
+    row = output.write("SYN-1", Made(values, scan, "", how="sample"))
+    written = [io.read(tmp_path / path) for path in row["path"].split(";")]
+    assert [path.rpartition("_")[2] for path in row["path"].split(";")] == ["T1w.nii.gz", "T2w.nii.gz"]
+    for n, (one, high) in enumerate(zip(written, (0.15, 0.78), strict=True)):
+        np.testing.assert_allclose(one.physical()[0], scan.physical()[n], rtol=1e-6, atol=1e-7)
+        assert 0.8 * high < np.percentile(one.physical(), 99) < 1.05 * high
+    # In one file all channels share a slope, so they are physical values there.
+    io.write(scan, tmp_path / "both.nii.gz")
+    whole = io.read(tmp_path / "both.nii.gz")
+    np.testing.assert_array_equal(whole.physical(), scan.physical())
+    # In DICOM each channel is a series with its own steps.
+    series = write_series(scan.with_header(modality="MR", space=1), tmp_path / "dicom", provenance=Provenance("made"))
+    for n, folder in enumerate(sorted({file.parent for file in series})):
+        read = io.read(folder, ReadOptions(real_world=True)).onto(scan.grid, outside=0)
+        np.testing.assert_allclose(read.physical()[0], scan.physical()[n], atol=2e-5)
+    # Between two real scans, and back in a file like theirs.
+    taken = [taken_in(bundle, manifest.locate(row.path), ReadOptions()) for row in manifest.rows[:2]]
+    between = taken[0].ready.scale.between(taken[1].ready.scale, 0.5)
+    derived = derived_scan(taken[0].x[0], taken[0], between)
+    assert derived.physical().max(axis=(1, 2, 3)) == pytest.approx(np.array([0.15, 0.78]), rel=0.05)
+
+
+def test_a_contract_of_other_channels_than_it_states_is_refused(unlike, tmp_path):
+    plan = {"spacing": (1, 1, 1), "low": 0, "high": 1, "grid": GRID.to_dict(), "channels": 2}
+    assert Contract(**plan, slope=[1.0, 2.0], intercept=[0.0, 0.0]).slope == (1.0, 2.0)
+    assert Contract(**plan, slope=2, intercept=0).slope == 2.0
+    for wrong in ({"slope": [1.0, 2.0, 3.0], "intercept": [0.0] * 3}, {"names": ["T1w"]}, {"slope": [1.0, 2.0]}):
+        with pytest.raises(ValidationError, match=r"channel|intercept"):
+            Contract(**plan, **wrong)
 
 
 def test_joined_scans_are_scored_from_the_folder_they_lie_in(both, tmp_path):

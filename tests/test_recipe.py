@@ -197,6 +197,49 @@ def test_every_channel_has_the_same_range():
     assert np.allclose(prepared.voxels[1], np.clip(scan.voxels[0] / prepared.scale.slope / 4, 0, 1), atol=0.01)
 
 
+def unlike() -> Scan:
+    """Two modalities: the second five times as bright, and nowhere below 40."""
+    one, two = made(), made(seed=1)
+    return Scan(np.concatenate([one.voxels, 5 * two.voxels + 40]), one.grid)
+
+
+def test_modalities_have_a_range_each_as_if_they_were_alone():
+    scan, recipe = unlike(), Recipe(steps=(CropOrPad(shape=(8, 8, 5)), Percentiles(apart=True)))
+    prepared = recipe(scan)
+    for n in range(2):
+        alone = recipe(scan.channel(n))
+        assert np.array_equal(prepared.voxels[n], alone.voxels[0])
+        assert np.array_equal(prepared.physical()[n], alone.physical()[0])
+        values = scan.physical()[n]
+        high = np.percentile(values[values > values.min() + 0.1 * (np.percentile(values, 99) - values.min())], 99.5)
+        assert prepared.scale.channel(n).stored(float(high)) == pytest.approx(1, rel=0.01)
+        assert np.allclose(prepared.physical()[n, 1:-1], np.minimum(values, prepared.scale.clip[n][1]), rtol=1e-6)
+        assert np.allclose(prepared.physical()[n, 0], values.min())
+    assert Recipe.model_validate_json(recipe.model_dump_json()) == recipe
+
+
+def test_colours_keep_one_range():
+    scan = unlike().with_header(photometric="RGB")
+    prepared, together = Recipe(steps=(Percentiles(apart=True),))(scan), Recipe(steps=(Percentiles(),))(scan)
+    assert np.array_equal(prepared.voxels, together.voxels)
+    assert prepared.scale == Scale(
+        (together.scale.slope,) * 2, (together.scale.intercept,) * 2, clip=prepared.scale.clip
+    )
+
+
+def test_a_constant_or_unmeasured_modality_is_refused():
+    scan, recipe = unlike(), Recipe(steps=(Percentiles(apart=True),))
+    with pytest.raises(DataError, match="Channel 1 of the scan is constant"):
+        recipe(scan.with_voxels(np.stack([scan.voxels[0], np.full_like(scan.voxels[0], 3)])))
+    with pytest.raises(DataError, match="measured"):
+        recipe(scan.with_voxels(np.stack([scan.voxels[0], np.full_like(scan.voxels[0], np.nan)])))
+
+
+def test_the_recipe_of_several_modalities_gives_each_a_range():
+    assert auto_recipe(fingerprint([unlike()]), multiple=1, max_voxels=1000).steps[-1] == Percentiles(apart=True)
+    assert auto_recipe(fingerprint([made()]), multiple=1, max_voxels=1000).steps[-1] == Percentiles()
+
+
 # -- as values -------------------------------------------------------------------------------------
 
 

@@ -279,6 +279,64 @@ def test_impossible_scales_cannot_be_built(slope: float, intercept: float) -> No
         Scale(slope, intercept)
 
 
+def two_scales(**more) -> Scan:
+    """A scan of two channels with a line each; the first runs downwards."""
+    return scan_of((3, 4, 5), channels=2, scale=Scale((-2.0, 0.5), (10.0, -7.0), "ml"), **more)
+
+
+def test_each_channel_may_have_its_own_line() -> None:
+    scan = two_scales(header=Header(channels=("T1w", "T2w")))
+    np.testing.assert_array_equal(scan.physical()[0], 10 - 2 * scan.voxels[0].astype(np.float32))
+    np.testing.assert_array_equal(scan.physical()[1], scan.voxels[1].astype(np.float32) / 2 - 7)
+    np.testing.assert_array_equal(scan.scale.stored(scan.physical()), scan.voxels)
+    for n, name in enumerate(("T1w", "T2w")):
+        alone = scan.channel(n)
+        assert (alone.channels, alone.header.channels, np.shape(alone.scale.slope)) == (1, (name,), ())
+        np.testing.assert_array_equal(alone.physical()[0], scan.physical()[n])
+    one = scan.in_one_scale()
+    assert one.scale == Scale(unit="ml")
+    np.testing.assert_array_equal(one.voxels, scan.physical())
+    assert scan.channel(0).in_one_scale().scale.numbers == (-2.0, 10.0)
+    with pytest.raises(DataError, match="one scale for all channels"):
+        _ = scan.scale.numbers
+
+
+@pytest.mark.parametrize("shift", [1.0, 0.4])
+def test_beyond_the_field_of_view_every_channel_has_the_physical_value_asked_for(shift: float) -> None:
+    scan = two_scales()
+    moved = scan.onto(scan.grid.patch((shift, 0, 0), (5, 4, 5)), outside=(4.0, -3.0))
+    assert moved.voxels.dtype == (np.int16 if shift == 1 else np.float32)
+    np.testing.assert_array_equal(moved.physical()[0, 3:], 4)
+    np.testing.assert_array_equal(moved.physical()[1, 3:], -3)
+    same = scan.onto(scan.grid.patch((shift, 0, 0), (5, 4, 5)), outside=4.0)
+    np.testing.assert_array_equal(same.physical()[:, 3:], 4)
+    with pytest.raises(DataError, match="one a channel; found 3"):
+        scan.onto(scan.grid.flip(0), outside=(1.0, 2.0, 3.0))
+
+
+def test_a_scale_between_two_is_linear_in_each_channel() -> None:
+    found = Scale((2.0, 4.0), (0.0, 8.0), "ml").between(Scale((4.0, 4.0), (4.0, 0.0), "ml"), 0.25)
+    assert found == Scale((2.5, 4.0), (1.0, 6.0), "ml")
+    assert Scale(2.0, 1.0).between(Scale(4.0, 3.0), 0.5) == Scale(3.0, 2.0)
+    low, high = 2.0, 6.0
+    stored = np.full((2, 1, 1, 1), 3.0)
+    normal = Scale((2.0, 5.0), (1.0, -1.0)).normalised(low, high)
+    np.testing.assert_allclose(normal.physical((stored - low) / (high - low)).ravel(), [7, 14])
+
+
+@pytest.mark.parametrize(
+    ("slope", "intercept"), [((1.0, 0.0), (0.0, 0.0)), ((1.0, 2.0), (0.0,)), ((1.0,), 0.0), ((), ())]
+)
+def test_lines_that_do_not_go_together_cannot_be_built(slope: tuple, intercept: tuple | float) -> None:
+    with pytest.raises(DataError, match="A scale needs"):
+        Scale(slope, intercept)
+
+
+def test_a_scale_of_other_channels_than_the_scan_has_is_refused() -> None:
+    with pytest.raises(DataError, match="A scale of 2 channels does not fit a scan of 3"):
+        scan_of((2, 2, 2), channels=3, scale=Scale((1.0, 2.0), (0.0, 0.0)))
+
+
 @pytest.mark.usefixtures("unchecked_types")
 @pytest.mark.parametrize(
     ("shape", "valid"), [((2, 2, 2), None), ((1, 2, 2, 3), None), ((0, 2, 2, 2), None), ((1, 2, 2, 2), (2, 2, 1))]

@@ -158,7 +158,7 @@ def _intensity(found: Fingerprint) -> Window | Percentiles:
     if found.stored and found.planar and found.stored[0] >= 0:
         # Pictures share one scale: full range of the bit depth that holds the brightest of them.
         return Window(low=0, high=float(2 ** max(8, int(found.stored[1]).bit_length()) - 1))
-    return Percentiles()
+    return Percentiles(apart=found.channels > 1)
 
 
 def _outside(found: Fingerprint) -> float | Literal["lowest"]:

@@ -75,7 +75,7 @@ class Prepare(Transform):
             "x": x.contiguous(),
             "cond": condition(row["label"], cells, self.classes, self.covariates),
             "scale": torch.tensor([scan.scale.slope, scan.scale.intercept], dtype=torch.float64),
-            "warning": what_was_cut(source, scan, self.recipe),
+            "warning": what_was_cut(source, self.recipe),
             **given,
         }
 

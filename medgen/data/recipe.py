@@ -93,14 +93,21 @@ class Window(Step):
 
 
 class Percentiles(Step):
-    """Map the scan's own foreground percentiles to [0, 1] and cut beyond; for arbitrary units (MR)."""
+    """Map the scan's own foreground percentiles to [0, 1] and cut beyond; for arbitrary units (MR).
+
+    Args:
+        low, high: percentiles of the foreground; `low` 0 means the lowest value.
+        apart: each channel has a range of its own, as modalities of unlike brightness need; those of a colour picture
+            keep one, so that colours stay.
+    """
 
     do: Literal["percentiles"] = "percentiles"
     low: float = Field(default=0.0, ge=0, lt=100)
     high: float = Field(default=99.5, gt=0, le=100)
+    apart: bool = False
 
     def limits(self, values: Float[np.ndarray, "c i j k"]) -> tuple[float, float]:
-        """The physical values that become 0 and 1; `low` 0 means the lowest value of the scan."""
+        """The physical values that become 0 and 1."""
         known = values[np.isfinite(values)]
         inside = known[known > foreground_level(known)]
         sample = inside if len(inside) > 16 else known
@@ -271,29 +278,44 @@ class Recipe(BaseModel):
         Raises:
             DataError: the scan is constant, so that no intensity range can be told, or nothing of it was measured.
         """
-        values = scan.physical()
-        if not np.isfinite(values).any():
+        step = next((step for step in self.steps if isinstance(step, IntensityStep)), None)
+        parts = _parts(scan.physical(), scan, step)
+        if not all(np.isfinite(part).any() for part in parts):
             raise DataError("No voxel of the scan was measured: all are padding or not a number. Leave it out.")
-        lowest = float(np.nanmin(values)) if self.outside == "lowest" else self.outside
-        moved = scan.onto(self.grid(scan), outside=lowest)
-        for step in self.steps:
-            if isinstance(step, IntensityStep):
-                return _rescaled(moved, step, lowest)
-        return moved.with_voxels(moved.voxels.astype(np.float32))
+        lowest = [float(np.nanmin(part)) if self.outside == "lowest" else self.outside for part in parts]
+        moved = scan.onto(self.grid(scan), outside=lowest[0] if len(lowest) == 1 else tuple(lowest))
+        if step is None:
+            return moved.with_voxels(moved.voxels.astype(np.float32))
+        return _rescaled(moved, step, lowest)
 
 
-def _rescaled(scan: Scan, step: IntensityStep, fill: float) -> Scan:
+def _parts(values: Float[np.ndarray, "c i j k"], scan: Scan, step: IntensityStep | None) -> list[np.ndarray]:
+    """The values (n, i, j, k) of channels that share a range: of all, or of each by itself."""
+    apart = isinstance(step, Percentiles) and step.apart and scan.header.photometric != "RGB"
+    return [values[n : n + 1] for n in range(len(values))] if apart else [values]
+
+
+def _rescaled(scan: Scan, step: IntensityStep, fills: Sequence[float]) -> Scan:
     """Map the physical limits of `step` to [0, 1], cut beyond, and say so in the Scale."""
-    values = scan.physical()
-    low, high = step.limits(values)
-    if not high > low:
-        raise DataError(
-            f"The scan is constant ({low:g} {scan.scale.unit}) where contrast was expected. "
-            "Check that the file holds an image, or leave it out."
-        )
-    values = np.nan_to_num(values, nan=fill)
-    mapped = np.clip((values - low) / (high - low), 0, 1, dtype=np.float32)
-    return scan.with_voxels(mapped, scale=Scale(high - low, low, scan.scale.unit, clip=(low, high)))
+    values, unit = scan.physical(), scan.scale.unit
+    limits = [step.limits(part) for part in _parts(values, scan, step)]
+    for n, (low, high) in enumerate(limits):
+        if not high > low:
+            which = f"Channel {n} of the scan" if len(limits) > 1 else "The scan"
+            raise DataError(
+                f"{which} is constant ({low:g} {unit}) where contrast was expected. "
+                "Check that the file holds an image, or leave it out."
+            )
+    if isinstance(step, Percentiles) and step.apart:
+        # As many as there are channels even where a picture's share one, so that all scans of a recipe look alike.
+        each = tuple(limits * (scan.channels // len(limits)))
+        scale = Scale(tuple(high - low for low, high in each), tuple(low for low, _ in each), unit, clip=each)
+    else:
+        low, high = limits[0]
+        scale = Scale(high - low, low, unit, clip=(low, high))
+    values = np.where(np.isnan(values), np.reshape(fills, (-1, 1, 1, 1)).astype(values.dtype), values)
+    mapped = np.clip(scale.stored(values), 0, 1, dtype=np.float32)
+    return scan.with_voxels(mapped, scale=scale)
 
 
 def foreground_level(values: np.ndarray) -> float:

@@ -55,14 +55,15 @@ def real_voxels(window: Grid, source: Grid) -> Bool[np.ndarray, "i j k"]:
     return inside
 
 
-def what_was_cut(source: Scan, scan: Scan, recipe: Recipe) -> str:
+def what_was_cut(source: Scan, recipe: Recipe) -> str:
     """A sentence on how many voxels lie clearly outside the recipe's fixed range, which cuts them; '' for few.
 
     A range made of the scan's own percentiles always cuts as much, and is not spoken of.
     """
-    if not scan.scale.clip or not any(isinstance(step, Window) for step in recipe.steps):
+    window = next((step for step in recipe.steps if isinstance(step, Window)), None)
+    if window is None:
         return ""
-    low, high = scan.scale.clip
+    low, high = window.low, window.high
     values, margin = source.physical(), _CLEARLY * (high - low)
     beyond = int(np.count_nonzero((values < low - margin) | (values > high + margin)))
     if beyond <= _MANY * values.size:

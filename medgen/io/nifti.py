@@ -241,7 +241,8 @@ def write_nifti(scan: Scan, path: Path, *, description: str = "") -> Path:
     The same scan gives the same bytes. Nothing of the source's header is copied, so nobody's name is.
 
     Args:
-        scan: float64 becomes float32, bool uint8, 64 bit integers int32; several channels a 4-D file.
+        scan: float64 becomes float32, bool uint8, 64 bit integers int32; several channels a 4-D file, of physical
+            values where each has a scale of its own.
         path: ends in .nii or .nii.gz; appears only when complete. Its folder must exist.
         description: the header's `descrip`, ASCII below 80 characters; '' says of a synthetic scan that it is one.
 
@@ -259,6 +260,7 @@ def write_nifti(scan: Scan, path: Path, *, description: str = "") -> Path:
         raise ConfigError(f"{path.name}: a NIfTI description is ASCII below 80 characters; found {len(description)}.")
     if scan.header.synthetic and not description:
         description = _SYNTHETIC
+    scan = scan.in_one_scale()
     voxels = _storable(_marked(scan, path.name), path.name)
     block = _header(scan, voxels.dtype, path.name, description).binaryblock + bytes(4)
     numbers = np.asfortranarray(np.moveaxis(voxels, 0, -1)).ravel("F")

@@ -96,8 +96,7 @@ def derived_scan(values: Float[Tensor, "c *space"], like: Intake, scale: Scale) 
     """Model values on a source's grid, stored as it is; beyond the model's window as dark as the model shows."""
     header = replace(like.source.header, synthetic=True, padding=None)
     voxels = values.numpy().astype(np.float32).reshape(len(values), *like.ready.grid.shape)
-    dark = float(scale.physical(np.zeros(1, np.float32))[0])
-    scan = Scan(voxels, like.ready.grid, scale, header).onto(like.source.grid, outside=dark)
+    scan = Scan(voxels, like.ready.grid, scale, header).onto(like.source.grid, outside=scale.intercept)
     physical = scan.physical()
     stored = np.round(like.source.scale.stored(physical))
     if like.source.voxels.dtype.kind not in "biu":

@@ -54,7 +54,7 @@ def taken_in(bundle: Bundle, path: str, options: ReadOptions) -> Intake:
     warnings = bundle.contract.check(seen)
     warnings += _field_of_view(seen.grid, bundle.recipe.grid(seen))
     ready, real = prepared(seen, bundle.recipe)
-    warnings += filter(None, [what_was_cut(seen, ready, bundle.recipe)])
+    warnings += filter(None, [what_was_cut(seen, bundle.recipe)])
     return Intake(source, ready, real, tuple(warnings))
 
 

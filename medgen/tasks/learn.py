@@ -238,6 +238,8 @@ def _contract(plan: Plan, train_set: ScanDataset) -> Contract:
     scales = torch.stack([scans[n]["scale"] for n in range(len(scans))])
     slope, intercept = scales.median(0).values.tolist()
     found = plan.found
+    # Domains that were joined are the channels' names.
+    names = plan.manifest.domains[0].split("+") if len(plan.manifest.domains) == 1 else []
     return Contract(
         modality=found.modality,
         unit=found.unit,
@@ -252,6 +254,7 @@ def _contract(plan: Plan, train_set: ScanDataset) -> Contract:
         grid=_template(plan).to_dict(),
         space=found.space,
         body_part=found.body_part,
+        names=tuple(names) if len(names) == found.channels > 1 else (),
     )
 
 

@@ -27,7 +27,7 @@ from medgen.models.abilities import Samples
 from medgen.models.base import can
 from medgen.prob.priors import principal_components
 from medgen.report.pictures import contact_sheet
-from medgen.scan import Scale, Scan
+from medgen.scan import Scan
 from medgen.seeds import derived_seed
 from medgen.tasks.capabilities import families_that
 from medgen.tasks.codes import Code, Coder
@@ -119,7 +119,7 @@ def interpolate(
     with work.writing():
         for n, t in enumerate(track(np.linspace(0, 1, steps).tolist(), "Interpolating", steps)):
             code = Code(between(a.code.z, b.code.z, t, chosen), conditions_between(coder, a.code, b.code, t))
-            scale = mixed(a.like.scan.ready.scale, b.like.scan.ready.scale, t)
+            scale = a.like.scan.ready.scale.between(b.like.scan.ready.scale, t)
             writer.write(f"STEP-{n + 1:02d}", coder.decode(code), scale, {"t": round(t, 4)})
         shown = [a.like.scan.source, *writer.scans, b.like.scan.source]
         title = f"DERIVED from the scans at both ends: between them what {bundle.name} makes of codes between theirs"
@@ -331,14 +331,9 @@ def _ends(coder: Coder, scans: str | Path, options: ReadOptions, *, single: bool
     return found
 
 
-def mixed(a: Scale, b: Scale, t: float) -> Scale:
-    """What model values mean between two scans."""
-    return Scale((1 - t) * a.slope + t * b.slope, (1 - t) * a.intercept + t * b.intercept, a.unit)
-
-
 def _across(count: int, scan: Scan) -> int:
     """Columns of a contact sheet that put `count` scans in a row."""
     return count if scan.is_planar else 3 * count
 
 
-__all__ = ["Walked", "Way", "between", "conditions_between", "interpolate", "mixed", "traverse"]
+__all__ = ["Walked", "Way", "between", "conditions_between", "interpolate", "traverse"]

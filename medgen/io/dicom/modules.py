@@ -152,7 +152,7 @@ def pixels(ds: Dataset, stored: Stored, rule: Rule, photometric: str) -> None:
     if stored.padding is not None:
         ds.add_new("PixelPaddingValue", "SS" if signed else "US", stored.padding)
     centre, width = stored.window
-    slope, intercept, unit = stored.scale.slope, stored.scale.intercept, stored.scale.unit
+    (slope, intercept), unit = stored.scale.numbers, stored.scale.unit
     if rule == "mr":
         # MR images have no Modality LUT: viewers window the stored values.
         if (slope, intercept) != (1.0, 0.0):
@@ -181,8 +181,7 @@ def _real_world(stored: Stored) -> DicomSequence:
     vr = "SS" if limits.min < 0 else "US"
     item.add_new("RealWorldValueFirstValueMapped", vr, int(limits.min))
     item.add_new("RealWorldValueLastValueMapped", vr, int(limits.max))
-    item.RealWorldValueSlope = float(stored.scale.slope)
-    item.RealWorldValueIntercept = float(stored.scale.intercept)
+    item.RealWorldValueSlope, item.RealWorldValueIntercept = map(float, stored.scale.numbers)
     item.LUTExplanation, item.LUTLabel = "Values before storing as integers", "MEDGEN"
     item.MeasurementUnitsCodeSequence = code("1", "UCUM", "no units")
     return DicomSequence([item])

@@ -63,14 +63,15 @@ def store(scan: Scan, channel: int, rule: Rule) -> Stored:
     Raises:
         DataError: a measured voxel is NaN or infinite, or no stored value is left to mark padding.
     """
-    voxels = scan.voxels[channel]
+    scan = scan.channel(channel)
+    voxels = scan.voxels[0]
     valid = None if scan.valid is None or scan.valid.all() else scan.valid
     span = _span(voxels, valid)
     exact = span.whole and span.low >= -(2**15) and span.high < (2**15 if span.low < 0 else 2**16)
     if exact:
         scale, low, high = scan.scale, int(span.low), int(span.high)
     else:
-        ends = scan.scale.slope * np.array([span.low, span.high]) + scan.scale.intercept
+        ends = scan.scale.physical(np.array([span.low, span.high]))
         scale = _step(float(ends.min()), float(ends.max()), scan.scale.unit, rule)
         low, high = sorted(round(float(scale.stored(end))) for end in ends)
     padding = None if valid is None else _padding(voxels[valid], scan.header.padding if exact else None, (low, high))
@@ -160,8 +161,8 @@ def _fill(
             plane = np.where(valid[:, :, k], plane, plane.dtype.type(0))
         if convert:
             old, new = convert
-            physical = plane.astype(np.float64) * old.slope + old.intercept
-            plane = np.clip(np.rint((physical - new.intercept) / new.slope), limits.min, limits.max)
+            physical = old.physical(plane.astype(np.float64))
+            plane = np.clip(np.rint(new.stored(physical)), limits.min, limits.max)
         values[:, :, k] = plane
         if valid is not None:
             values[:, :, k][~valid[:, :, k]] = padding

@@ -158,7 +158,8 @@ def _patient(scan: Scan, origin: Origin, names: Pseudonyms | None, digest: str) 
 
 def _digest(scan: Scan) -> str:
     """A hash of the values, where they are and what they mean."""
-    scale = (float(scan.scale.slope), float(scan.scale.intercept), scan.scale.unit)
+    line = np.asarray([scan.scale.slope, scan.scale.intercept], np.float64).tolist()
+    scale = (*line, scan.scale.unit)
     hasher = hashlib.sha256(repr((scale, scan.header, scan.voxels.dtype.str, scan.voxels.shape)).encode())
     hasher.update(scan.grid.affine.tobytes())
     for channel in scan.voxels:

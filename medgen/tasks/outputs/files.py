@@ -197,7 +197,7 @@ class Output:
         files = self._files(scan, stem)
         paths = []
         for number, file in enumerate(files):
-            one = scan if len(files) == 1 else scan.with_voxels(scan.voxels[number : number + 1])
+            one = scan if len(files) == 1 else scan.channel(number)
             target = _free(self.folder / f"{file}{ending}")
             if self.layout.format == "png":
                 io.write(one, target)

@@ -14,7 +14,7 @@ from medgen.data.labels import label_map
 from medgen.data.manifest import Row
 from medgen.errors import BundleError, ConfigError, DataError
 from medgen.scan import Scan
-from medgen.tasks.walks import between, mixed
+from medgen.tasks.walks import between
 from medgen.tasks.ways.base import Made, Material
 from medgen.tasks.ways.coding import Coding, Read
 from medgen.tasks.ways.sample import label_scan, synthetic_scan
@@ -111,7 +111,7 @@ class InterpolateWay:
         """Decoded values on the grid that both scans have, else on the bundle's own."""
         coding = self._coding
         if a.taken.source.grid.close(b.taken.source.grid):
-            scale = mixed(a.taken.ready.scale, b.taken.ready.scale, t)
+            scale = a.taken.ready.scale.between(b.taken.ready.scale, t)
             return *coding.scan(values, a.taken, scale), "sources'"
         scan = synthetic_scan(coding.bundle, values[: coding.config.images])
         if not coding.config.joint:
