@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from medgen import io
@@ -21,6 +22,23 @@ QUICK_2D = ("fit.images=256", "fit.batch_size=32", "model.width=4", "model.laten
 def quick(overrides: tuple[str, ...]) -> list[str]:
     """The same overrides for the command line."""
     return [part for override in overrides for part in ("--set", override)] + ["--minutes", "1000"]
+
+
+def small_chest(seed: int, size: int = 24) -> torch.Tensor:
+    """Nobody's chest in microseconds, (1, size, size) on [0, 1]: a trunk with two lungs, of many shapes."""
+    rng = np.random.default_rng(seed)
+    i, j = np.meshgrid(*[np.linspace(-1, 1, size)] * 2, indexing="ij")
+    shown = 0.1 + 0.5 / (1 + np.exp(20 * ((i / rng.uniform(0.8, 1)) ** 4 + (j / rng.uniform(0.85, 1)) ** 4 - 1)))
+    for side in (-1, 1):
+        middle, tall, wide = side * rng.uniform(0.35, 0.48), rng.uniform(0.45, 0.7), rng.uniform(0.2, 0.32)
+        off = ((i - middle) / wide) ** 2 + ((j - rng.uniform(-0.15, 0.15)) / tall) ** 2
+        shown -= rng.uniform(0.25, 0.4) / (1 + np.exp(12 * (off - 1)))
+    slopes = rng.normal(0, 0.06, 2)
+    shown += (
+        slopes[0] * i + slopes[1] * j + 0.05 * np.cos(rng.uniform(8, 14) * j + rng.uniform(0, 6)) * (np.abs(i) < 0.8)
+    )
+    shown += rng.normal(0, 0.02, shown.shape)
+    return torch.from_numpy(shown.clip(0, 1).astype(np.float32))[None]
 
 
 @pytest.fixture(scope="session")

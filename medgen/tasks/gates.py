@@ -3,8 +3,8 @@
 Quality. A scan is rejected that lies further from the training scans than all but `reject` of held-out scans do, by any
 of the tests of `medgen.tasks.looks`. Where most of a model's first scans do, as those of blurring models, a note says
 so, and only those are rejected that are unusual among them, too (beyond the upper fence; Tukey 1977, "Exploratory data
-analysis"). One of a class is rejected, too, that looks less like its class than all but `reject`
-of the held-out scans of that class.
+analysis"). One of a class is rejected, too, that looks more like another class, and less like its own than all but
+`reject` of the held-out scans of that class.
 
 Privacy. A scan from noise that is a copy of a training scan is never written (`medgen.metrics.memorisation`). Derived
 scans show their source by design, and say so.
@@ -166,9 +166,11 @@ class Gates:
         for n, one in enumerate(made):
             if one.label in self._doubts:
                 doubt = self._look.doubt(rows[n : n + 1], np.asarray([self._classes.index(one.label)]))
-                p = float(conformal(doubt, self._doubts[one.label])[0])
-                facts[n]["p_label"] = round(p, 4)
-                reasons[n] = reasons[n] or ("label" if p < self._reject else "")
+                held = self._doubts[one.label]
+                facts[n]["p_label"] = round(float(conformal(doubt, held)[0]), 4)
+                # Of classes that nobody confuses, what is likelier of its own than of all others is no stranger.
+                limit = max(float(np.quantile(held, 1 - self._reject, method="higher")), np.log(2))
+                reasons[n] = reasons[n] or ("label" if doubt[0] > limit else "")
 
     def _judge_copies(
         self, made: Sequence[Made], x: Tensor, reasons: list[Reason], facts: list[dict[str, float]]
