@@ -187,14 +187,33 @@ def _plan(place: Path, choices: Choices, given: Bundle | None, asked: Making, op
 
 def _orders(asked: Making, plan: Plan, given: Bundle | None) -> list[Order]:
     labels = tuple(sorted(set(plan.manifest.split("train").labels)))
-    several = len(labels) > 1 and all(row.label for row in plan.manifest.rows)
-    classes = labels if several else ()
+    classes = labels if len(labels) > 1 else ()
     if "sample" in asked.ways:
         classes = (given.model.config if given else plan.model).classes
     wanted = orders(asked, plan.manifest.split("train"), classes)
     # Of a folder with one class, or of one that was chosen, every scan is of that class.
-    only = labels[0] if len(labels) == 1 else ""
-    return [replace(one, label=one.label or only) for one in wanted]
+    all_told = "sample" not in asked.ways or all(row.label for row in plan.manifest.rows)
+    only = labels[0] if len(labels) == 1 and all_told else ""
+    named = [replace(one, label=one.label or only) for one in wanted]
+    _require_two(named, plan)
+    return named
+
+
+def _require_two(wanted: Sequence[Order], plan: Plan) -> None:
+    """Refuse, before anything is learned, scans between two patients of a class that has one.
+
+    Raises:
+        DataError: it has.
+    """
+    train = plan.manifest.split("train").rows
+    for how, label in sorted({(one.how, one.label) for one in wanted if one.how in ("interpolate", "morph")}):
+        patients = len({row.patient for row in train if not label or row.label == label})
+        if patients < 2:
+            of = f"class {label!r} has" if label else "there is"
+            raise DataError(
+                f"--how {how} takes the training scans of two patients of one class; {of} {patients}. Add scans of "
+                "another patient, or use another way."
+            )
 
 
 def _masked(asked: Making, plan: Plan, given: Bundle | None) -> bool | None:

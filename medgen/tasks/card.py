@@ -11,7 +11,8 @@ from medgen.tasks.outputs.layout import Layout
 _ORIGINS = (
     "- *synthetic*: generated from noise; shows nobody. Screened for copies of the patients the model learned from.\n"
     "- *derived*: made of a training patient's scan, which it shows: protect it as you protect that scan, and keep it\n"
-    "  in the same fold (`patient` is the same for all scans made of one person's).\n"
+    "  in the same fold (`patient` is the same for all scans made of one person's). A scan between two patients names\n"
+    "  the second as `other_patient` in `parameters`: leave it out where these two are in different folds.\n"
 )
 
 
