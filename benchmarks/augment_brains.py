@@ -24,7 +24,7 @@ from measure import keep, shared_data
 import medgen
 from medgen.bundle import Bundle
 from medgen.data.dataset import model_view
-from medgen.metrics.memorisation import CopyDetector
+from medgen.metrics.memorisation import CopyDetector, CopyTest
 
 ALLOWED = re.compile(r"</\(0008,001c\)> - Attribute with an even group number is not a recognized standard attribute")
 
@@ -80,10 +80,10 @@ def main() -> None:
         "minutes_with_training": round(minutes, 2),
         "dciodvfy_errors": len(errors),
         "furthest_corner_mm": {"nifti": float(nifti_mm), "dicom": dicom_mm},
-        "copy_test": first.copy_test.to_dict(),
-        "copies_drawn_again": first.copies_rejected + second.copies_rejected,
+        "copy_test": first.privacy["copies"],
+        "copies_drawn_again": first.rejected.get("copy", 0) + second.rejected.get("copy", 0),
         "lowest_r_among_all_44": min(min(one.r.values()) for one in found),
-        "copies_written": sum(map(first.copy_test.is_copy, found)),
+        "copies_written": sum(map(CopyTest(**first.privacy["copies"]).is_copy, found)),
     }
     for name, value in results.items():
         print(f"{name}: {value}")

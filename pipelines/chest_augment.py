@@ -46,8 +46,7 @@ print(real.summary())
 
 # 2. New scans of each class, in the format of the real ones. None is a copy of a training scan.
 done = medgen.augment(options.data, options.out / "synthetic", per_class=options.per_class, minutes=options.minutes)
-test = done.copy_test
-print(f"{done.written} synthetic scans; {done.copies_rejected} draws left out as copies (r < {test.threshold:.2f})")
+print(f"{sum(done.written.values())} synthetic scans; draws left out: {done.rejected or 'none'}. {done.said}")
 
 # 3. The same learner on real, synthetic, and both.
 synthetic = medgen.index(options.out / "synthetic" / "manifest.csv")
