@@ -61,6 +61,7 @@ def test_every_module_of_data_but_the_loader_and_its_parts_is_held_free_of_torch
     assert modules - set(contract["source_modules"]) == {
         "medgen.data.classic",
         "medgen.data.dataset",
+        "medgen.data.morph",
         "medgen.data.motion",
         "medgen.data.prepare",
     }

@@ -267,7 +267,7 @@ def test_a_model_that_returns_training_scans_is_refused_and_its_copies_are_liste
     with pytest.raises(PrivacyError, match="memorised"):
         medgen.augment(pictures, tmp_path / "out", bundle=flat_bundle, n=8, reject=0)
     assert not (tmp_path / "out").exists()
-    assert [path.name for path in (tmp_path / "out.part").rglob("*")] == ["journal.json"]
+    assert not (tmp_path / "out.part").exists()
     listed = table(tmp_path / "out.private" / "copies.csv")
     names = {source_name(row, secret_of(known)) for row in known.split("train").rows}
     assert len(listed) == 20
@@ -288,10 +288,12 @@ def test_a_model_of_new_people_passes(pictures, flat_bundle, tmp_path, monkeypat
 
 def test_memory_does_not_grow_with_the_number_of_scans(pictures, flat_bundle, tmp_path, monkeypatch):
     original, alive = Output.write, []
+    gc.collect()
+    before = sum(type(held) is Made for held in gc.get_objects())
 
     def counted(self, name, one):
         if len(alive) % 20 == 19:
-            alive.append(sum(type(held) is Made for held in gc.get_objects()))
+            alive.append(sum(type(held) is Made for held in gc.get_objects()) - before)
         else:
             alive.append(0)
         return original(self, name, one)

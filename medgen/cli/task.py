@@ -42,6 +42,8 @@ from medgen.cli.shared import (
 Written = Literal["auto", "nifti", "dicom", "png", "npz"]
 Ways = Literal["sample", "interpolate", "morph", "edit", "lesion", "classic", "mix"]
 Lesions = Literal["insert", "remove", "auto"]
+# A part of the candidates of which a person should know that they are unlike real scans.
+_MUCH = 0.1
 Drawn = Literal["real", "deformed", "sampled"]
 
 
@@ -98,7 +100,13 @@ def augment(
             vary=pairs(vary, "--vary"), lesions=lesions, shapes=shapes, reject=reject,
         )  # fmt: skip
     lines = [f"Wrote {_counted(done.written)} ({done.format}, {done.layout}) to {done.folder}; see contact_sheet.png."]
-    lines.append(f"Rejected: {_counted(done.rejected) or 'none'}. {done.said}")
+    rejected = ", ".join(f"{count} by {reason}" for reason, count in done.rejected.items())
+    lines.append(f"Rejected: {rejected or 'none'}. {done.said}".rstrip())
+    lines += [
+        f"By {name}, {share:.0%} of candidates are further from training scans than nearly all held-out ones."
+        for name, share in done.quality.items()
+        if share > _MUCH
+    ]
     if done.private:
         lines.append(f"{done.private} shows or names patients: keep it where their scans are kept.")
     if bundle or (done.folder / "bundle").is_dir():

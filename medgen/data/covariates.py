@@ -16,6 +16,8 @@ from medgen.log import note
 _MOST_LEVELS = 12
 # A word of fewer patients could name somebody; one that nearly all scans have tells nothing; more are too many to tell.
 _FEWEST_PATIENTS, _LARGEST_SHARE, _MOST_WORDS = 3, 0.95, 32
+# A cell of more words is a sentence, which could name somebody, however few different ones there are.
+_LONGEST_LEVEL = 3
 _UNKNOWN = ("", "n/a", "na", "nan", "none", "unknown")
 
 
@@ -82,8 +84,9 @@ class Covariate(BaseModel):
 def covariates_of(manifest: Manifest, names: Sequence[str]) -> tuple[Covariate, ...]:
     """What the training scans' columns `names` hold: a number where every known cell is one, else levels or a text.
 
-    A column of more than 12 different cells is a text. Of it words of letters count that at least 3 patients have and
-    at most 95 % of the scans, of those the 32 that most patients have: a rare word could name somebody.
+    A column of more than 12 different cells, or with a cell of more than 3 words, is a text. Of it words of letters
+    count that at least 3 patients have and at most 95 % of the scans, of those the 32 that most patients have: a rare
+    word could name somebody.
 
     Raises:
         DataError: there is no such column, it is the same for all scans, or its cells have too little in common.
@@ -113,7 +116,7 @@ def _covariate(name: str, told: Sequence[tuple[str, str]]) -> Covariate:
     if numeric:
         return Covariate(name=name, mean=fmean(numbers), sd=stdev(numbers))
     levels = tuple(sorted(set(known)))
-    if len(levels) <= _MOST_LEVELS:
+    if len(levels) <= _MOST_LEVELS and all(len(level.split()) <= _LONGEST_LEVEL for level in levels):
         return Covariate(name=name, levels=levels)
     shares = _vocabulary(told)
     if len(shares) < 2:

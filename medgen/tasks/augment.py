@@ -33,7 +33,7 @@ from medgen.tasks.outputs.files import Facts, Output
 from medgen.tasks.outputs.layout import Layout, layout_of
 from medgen.tasks.plan import Choices, Plan, plan_training
 from medgen.tasks.ways.base import Material
-from medgen.tasks.ways.choice import way_of
+from medgen.tasks.ways.choice import require_able, way_of
 from medgen.tasks.ways.orders import Making, Order, orders
 from medgen.tasks.ways.sample import require_sampling
 from medgen.tasks.ways.sources import secret_of
@@ -128,6 +128,8 @@ def augment(
         given = None if bundle is None else Bundle.load(bundle)
         plan = _plan(place, choices, given, asked, options)
         train = plan.manifest.split("train")
+        if asked.needs_model:
+            require_able(asked, (given.model.config if given else plan.model))
         layout = layout_of(data, plan.manifest, format, masked=_masked(asked, plan, given))
         wanted = _orders(asked, plan, given)
         _announce(plan, given, asked, layout, wanted)
@@ -139,7 +141,7 @@ def augment(
         held = known_scans(plan.manifest, ("calibration",), recipe, options, labels)
         if known is None:
             raise DataError("No scan is left to learn from. Check the messages above.")
-        gates = Gates(known, held, trained, reject=asked.reject, seed=seed)
+        gates = Gates(known, held, trained, reject=asked.reject, seed=seed, copies="sample" in asked.ways)
         key = secret_of(plan.manifest)
         material = Material(train, recipe, options, seed, trained, asked.tell, key)
         grid = _seen(trained, plan.found.lattice) if trained else None
@@ -152,6 +154,8 @@ def augment(
                 tally = generate(wanted, ways, gates, target, work, audit)
             except PrivacyError:
                 audit.private(train, _rows(work, wanted))
+                # What it has learned shows patients: it is of no use to anybody.
+                work.discard()
                 raise
             rows = _rows(work, wanted)
             found = _found(rows, tally, gates, audit)
@@ -181,7 +185,8 @@ def _plan(place: Path, choices: Choices, given: Bundle | None, asked: Making, op
             require_sampling(given)
         # Copies are told by the splits of training, whatever this run's seed would make of the folder.
         plan = replace(plan, manifest=require_training_scans(given, place, options))
-    require_several([row.patient for row in plan.manifest.rows if row.split in ("train", "val")])
+    if "sample" in asked.ways:
+        require_several([row.patient for row in plan.manifest.rows if row.split in ("train", "val")])
     return plan
 
 
@@ -218,6 +223,8 @@ def _require_two(wanted: Sequence[Order], plan: Plan) -> None:
 
 def _masked(asked: Making, plan: Plan, given: Bundle | None) -> bool | None:
     """Whether each scan that will be written has a mask; None: as their sources have."""
+    if "lesion" in asked.ways:
+        return True
     return bool((given.model.config if given else plan.model).labels) if tuple(asked.ways) == ("sample",) else None
 
 
@@ -264,7 +271,7 @@ def _found(rows: Sequence[Mapping[str, Any]], tally: Tally, gates: Gates, audit:
         "written": dict(Counter(f"{row['origin']} by {row['how']}" for row in rows)),
         "rejected": dict(tally.rejected),
         "quality": {name: round(tally.far[name] / max(1, tally.judged), 4) for name in gates.tests},
-        "privacy": {"copies": gates.copy_test.to_dict(), **audit.report()},
+        "privacy": {**({"copies": gates.copy_test.to_dict()} if gates.copy_test else {}), **audit.report()},
     }
 
 

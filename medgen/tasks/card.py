@@ -25,8 +25,8 @@ def _of_copies(copies: Mapping[str, Any]) -> Iterator[str]:
     if kinds := copies.get("copies_caught"):
         seldom = min(kinds, key=lambda kind: kinds[kind])
         yield (
-            f"Of planted copies {kinds[seldom]:.0%} ({seldom}) or more are caught; {copies['held_out_flagged']:.1%} of "
-            "held-out scans are taken for one."
+            f"Of planted copies of each kind at least {kinds[seldom]:.0%} are caught (fewest of those {seldom}); "
+            f"{copies['held_out_flagged']:.1%} of held-out scans are taken for one."
         )
 
 
@@ -47,7 +47,7 @@ def _of_attacks(privacy: Mapping[str, Any]) -> Iterator[str]:
 def write_card(folder: Path, found: Mapping[str, Any], layout: Layout, bundle: Bundle | None) -> None:
     """Write README.md and privacy.json."""
     written = ", ".join(f"{count} {name}" for name, count in found["written"].items())
-    rejected = ", ".join(f"{count} for {reason}" for reason, count in found["rejected"].items()) or "none"
+    rejected = ", ".join(f"{count} by {reason}" for reason, count in found["rejected"].items()) or "none"
     far = ", ".join(f"{share:.0%} by {name}" for name, share in found["quality"].items()) or "not measured"
     model = f"{bundle.name}, weights sha256 {bundle.weights_sha256}" if bundle else "none"
     lines = [

@@ -3,8 +3,8 @@
 Quality. A scan is rejected that lies further from the training scans than all but `reject` of held-out scans do, by any
 of the tests of `medgen.tasks.looks`. Where most of a model's first scans do, as those of blurring models, a note says
 so, and only those are rejected that are unusual among them, too (beyond the upper fence; Tukey 1977, "Exploratory data
-analysis"). One of a class is rejected, too, that looks more like another class, and less like its own than all but
-`reject` of the held-out scans of that class.
+analysis"). Derived scans are real ones, changed: of them, too, only the unusual are. One of a class is rejected, too,
+that looks more like another class, and less like its own than all but `reject` of the held-out scans of that class.
 
 Privacy. A scan from noise that is a copy of a training scan is never written (`medgen.metrics.memorisation`). Derived
 scans show their source by design, and say so.
@@ -69,18 +69,24 @@ class Gates:
         bundle: whose scans are judged; None where they need no model.
         reject: the part of real scans that each quality test may reject; 0: no quality gate.
         seed: of planted copies.
+        copies: tell copies: of scans from noise, that is; derived ones show their sources.
 
     Raises:
-        PrivacyError: there is one patient, so that copies cannot be told.
+        PrivacyError: copies are to be told, but there is one patient.
     """
 
-    def __init__(self, known: Known, held: Known | None, bundle: Bundle | None, *, reject: float, seed: int) -> None:
-        require_several(known.patients)
+    def __init__(
+        self, known: Known, held: Known | None, bundle: Bundle | None, *, reject: float, seed: int, copies: bool = True
+    ) -> None:
         dims = known.x.ndim - 2
         self.known = known
-        self._detector = CopyDetector(known.x, known.patients)
         some = None if held is None else held.take(np.arange(min(len(held), _MOST_HELD[dims])))
-        self.copy_test = _copy_test(self._detector, some, _COPIES[dims], seed)
+        self._detector: CopyDetector | None = None
+        self.copy_test: CopyTest | None = None
+        if copies:
+            require_several(known.patients)
+            self._detector = CopyDetector(known.x, known.patients)
+            self.copy_test = _copy_test(self._detector, some, _COPIES[dims], seed)
         self._reject, self._classes = reject, tuple(sorted(set(known.labels)))
         self._tests: list[_Test] = []
         self._doubts: dict[str, Float[np.ndarray, " n"]] = {}
@@ -126,12 +132,15 @@ class Gates:
             far = test.distances(Seen.of(made))
             low, high = np.quantile(far, [0.25, 0.75])
             share = float((far > test.limit).mean())
-            if share > 0.5:
+            derived = all(one.origin == "derived" for one in made)
+            if share > 0.5 or derived:
                 test.fences[how] = float(high + 1.5 * (high - low))
+            if share > 0.5:
+                more = "" if derived else " To make better ones, train for longer or use another preset."
                 note(
                     f"By {test.name}, {share:.0%} of the first {len(made)} scans ({how}) are further from the training "
-                    f"scans than all but {self._reject:.0%} of held-out scans: train for longer, or use another "
-                    "preset. Only those unusual among them are rejected."
+                    f"scans than all but {self._reject:.0%} of held-out scans: only those unusual among them are "
+                    f"rejected.{more}"
                 )
 
     def _tests_of(self, made: Sequence[Made]) -> list[_Test]:
@@ -176,6 +185,8 @@ class Gates:
         self, made: Sequence[Made], x: Tensor, reasons: list[Reason], facts: list[dict[str, float]]
     ) -> list[int]:
         nearest = [-1] * len(made)
+        if self._detector is None or self.copy_test is None:
+            return nearest
         found = self._detector.nearest(x)
         for n, one in enumerate(made):
             facts[n] |= {f"r_{space}": round(float(r), 4) for space, r in found[n].r.items()}

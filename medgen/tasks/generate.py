@@ -149,7 +149,8 @@ class _Stream:
         """
         rejected: Counter[str] = Counter()
         far: Counter[str] = Counter()
-        for number, made, verdict in self._candidates:
+        while True:
+            number, made, verdict = next(self._candidates)
             far.update(verdict.far)
             if not verdict.reason:
                 told = {"candidate": number, "rejected": dict(rejected), "far": dict(far)}
@@ -169,7 +170,6 @@ class _Stream:
                     f"{self._order.label or 'this kind'} will come. Train for longer, use another preset, or pass "
                     "--reject 0 to turn the quality gate off."
                 )
-        raise AssertionError("candidates never end")
 
     def _judged(self, first: int) -> Iterator[tuple[int, Made, Verdict]]:
         size = _AT_ONCE[self._dims]

@@ -28,24 +28,24 @@ class Made:
         scan: as it will be written: on its grid, in its unit.
         label: its class, '' for none.
         mask: its label map on the grid of `scan`; None where there is none.
-        seen: the same on the voxels of `x`, where a model drew it; None where it did not.
         covariates: what else is said of it, such as age.
         how: which way it was made.
         sources: cases of the training scans that it was made of; none where it came from noise.
         patient: whose those are, the first's where they are of two; '' where it came from noise.
         parameters: what was done, as plain values.
+        seen: the label map on the voxels of `x`, where a model drew it; None where it did not.
     """
 
     x: Float[Tensor, "c *space"]
     scan: Scan
     label: str = ""
     mask: Scan | None = None
-    seen: Int[np.ndarray, "*space"] | None = None
     covariates: Mapping[str, str] = field(default_factory=dict)
     how: How = "sample"
     sources: tuple[str, ...] = ()
     patient: str = ""
     parameters: Mapping[str, Any] = field(default_factory=dict)
+    seen: Int[np.ndarray, "*space"] | None = None
 
     @property
     def origin(self) -> Origin:

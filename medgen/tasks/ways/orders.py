@@ -65,6 +65,8 @@ class Making:
             raise ConfigError("The number of scans to write must be at least 1, and a ratio above 0.")
         if not 0 <= self.reject < 0.5:
             raise ConfigError(f"The quality gate may reject 0 to less than half of real scans; found {self.reject:g}.")
+        if self.tell and "sample" not in self.ways:
+            raise ConfigError("--tell fixes covariates of scans from noise; made of somebody's scan they have theirs.")
         if bool(self.vary) != ("edit" in self.ways):
             raise ConfigError("Edited scans say what becomes of a covariate: --how edit --vary age=40:80.")
 

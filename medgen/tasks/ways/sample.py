@@ -100,7 +100,7 @@ class SampleWay:
             drawn = label_map((values[images:] if shape is None else shape).numpy(), labels)
             mask = label_scan(self._bundle, drawn).onto(self._grid, outside=0)
         scan = synthetic_scan(self._bundle, values[:images]).onto(self._grid, outside=0)
-        return Made(values[:images].clone(), scan, label, mask, drawn, dict(cells), "sample", parameters=facts)
+        return Made(values[:images].clone(), scan, label, mask, dict(cells), parameters=facts, seen=drawn)
 
 
 def require_sampling(bundle: Bundle) -> None:
