@@ -40,8 +40,8 @@ def label_channels(labels_map: Integer[np.ndarray, "*space"], labels: Sequence[i
         labels_map: a label a voxel, 0 for none.
         labels: the labels that get a channel, in its order.
 
-    >>> label_channels(np.array([0, 0, 1, 1]), (1,)).round(2).tolist()
-    [[0.25, 0.42, 0.58, 0.75]]
+    >>> print(label_channels(np.array([0, 0, 1, 1]), (1,)).round(2))
+    [[0.25 0.42 0.58 0.75]]
     """
     ramps = np.zeros((len(labels), *labels_map.shape), dtype=np.float32)
     for n, label in enumerate(labels):

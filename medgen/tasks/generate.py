@@ -160,8 +160,8 @@ class _Stream:
                 watch.copied(made, verdict, f"{self._order.how} {self._order.label} {number}".replace("  ", " "))
             if rejected["copy"] >= _MOST_COPIES and rejected["copy"] > 0.9 * rejected.total():
                 raise PrivacyError(
-                    f"{rejected['copy']} draws in a row copied training scans: the model has memorised them. None was "
-                    "written, and the output stays unfinished. Train on more scans, or for a shorter time."
+                    f"{rejected['copy']} draws in a row copied training scans: the model has memorised them. Nothing "
+                    "was written. Train on more scans, or for a shorter time."
                 )
             if rejected.total() >= _MOST_REJECTED[self._dims]:
                 told = ", ".join(f"{count} for {reason}" for reason, count in rejected.most_common())
