@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 from torch.nn import functional
 
-from medgen.data.painting import indices, waves
+from medgen.data.painting import indices, rotation, waves
 from medgen.data.window import flat
 from medgen.errors import ConfigError, DataError
 from medgen.grid import Grid
@@ -164,7 +164,7 @@ class Classical(BaseModel):
         _, local = np.linalg.qr(grid.affine[:3, :3])
         local = local * np.sign(np.diag(local))[:, None]
         back = np.linalg.inv(local)
-        undo = np.linalg.inv(_turned(self.rotate) @ np.diag(self.scale))
+        undo = np.linalg.inv(rotation(*self.rotate) @ np.diag(self.scale))
         matrix, start = back @ undo @ local, -back @ undo @ np.asarray(self.shift)
         axes = np.meshgrid(*[_about_middle(n) for n in grid.shape], indexing="ij", sparse=True)
         found = [sum(m * a for m, a in zip(row, axes, strict=True)) + s for row, s in zip(matrix, start, strict=True)]
@@ -328,18 +328,6 @@ def _orders(dims: int) -> list[tuple[int, int, int]]:
 
 def _about_middle(size: int) -> Float[np.ndarray, " n"]:
     return np.arange(size) - (size - 1) / 2
-
-
-def _turned(degrees: Three) -> Float[np.ndarray, "3 3"]:
-    """Turns about the first, then the second, then the third axis."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.radians(degrees)):
-        a, b = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[b, a], turn[a, b] = np.sin(angle), -np.sin(angle)
-        matrix = turn @ matrix
-    return matrix
 
 
 def _resampled(values: np.ndarray, looks: Tensor, mode: str | int) -> np.ndarray:

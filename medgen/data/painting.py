@@ -101,6 +101,18 @@ def thickness(distance: Field, half: Number) -> Field:
     return np.sqrt(inward * (2 - inward))
 
 
+def rotation(*degrees: Number) -> Float[np.ndarray, "3 3"]:
+    """Turns by `degrees` about the first axis, then the second, then the third."""
+    matrix = np.eye(3)
+    for axis, angle in enumerate(np.radians(degrees)):
+        a, b = (axis + 1) % 3, (axis + 2) % 3
+        turn = np.eye(3)
+        turn[a, a] = turn[b, b] = np.cos(angle)
+        turn[b, a], turn[a, b] = np.sin(angle), -np.sin(angle)
+        matrix = turn @ matrix
+    return matrix
+
+
 def turned(p: Points, centre: Sequence[Number], degrees: Number) -> Points:
     """Points in a frame about `centre`, turned by `degrees` in the plane of x and y."""
     c, s = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
@@ -128,6 +140,7 @@ __all__ = [
     "length",
     "mirrored",
     "paint",
+    "rotation",
     "thickness",
     "tube",
     "turned",

@@ -11,10 +11,21 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import numpy as np
-from jaxtyping import Float
 
 from medgen.data.anatomy import chest_path, head_tissue, torso, warped
-from medgen.data.painting import Field, Number, Points, averaged, finer_points, indices, inside, length, paint, waves
+from medgen.data.painting import (
+    Field,
+    Number,
+    Points,
+    averaged,
+    finer_points,
+    indices,
+    inside,
+    length,
+    paint,
+    rotation,
+    waves,
+)  # fmt: skip
 from medgen.errors import DataError
 from medgen.grid import Grid
 from medgen.scan import Header, Scale, Scan
@@ -140,7 +151,7 @@ def ct_block(seed: int, shape: tuple[int, int, int] = (48, 40, 24), oblique: boo
     person, scanner = (np.random.default_rng(stream) for stream in np.random.SeedSequence(seed).spawn(2))
     affine = np.diag([-7.5, -7.5, 6.0, 1.0])
     if oblique:
-        affine[:3, :3] = _rotation(8.0, -6.0, 11.0) @ affine[:3, :3]
+        affine[:3, :3] = rotation(8.0, -6.0, 11.0) @ affine[:3, :3]
     affine[:3, 3] = np.array([0, -12, 0]) - affine[:3, :3] @ ((np.array(shape) - 1) / 2)
     grid, finer = Grid(shape, affine), 2
     world = finer_points(grid, finer)
@@ -154,18 +165,6 @@ def ct_block(seed: int, shape: tuple[int, int, int] = (48, 40, 24), oblique: boo
     values = averaged(image, finer) + scanner.normal(0, 12, shape)
     header = Header(modality="CT", body_part="ABDOMEN", synthetic=True)
     return Scan(values.round().clip(-1024, 3071).astype(np.int16)[None], grid, Scale(unit="HU"), header)
-
-
-def _rotation(*degrees: Number) -> Float[np.ndarray, "3 3"]:
-    """Turns about x, then y, then z."""
-    matrix = np.eye(3)
-    for axis, angle in enumerate(np.radians(degrees)):
-        a, b = (axis + 1) % 3, (axis + 2) % 3
-        turn = np.eye(3)
-        turn[a, a] = turn[b, b] = np.cos(angle)
-        turn[b, a], turn[a, b] = np.sin(angle), -np.sin(angle)
-        matrix = turn @ matrix
-    return matrix
 
 
 def _blob(world: Points, lesion: Lesion) -> Field:

@@ -16,10 +16,11 @@ from medgen.log import progress
 from medgen.tasks.gates import Gates, Verdict
 from medgen.tasks.ways.base import Made, Way
 from medgen.tasks.ways.orders import Order
+from medgen.tasks.ways.sample import AT_ONCE
 from medgen.tasks.workspace import Workspace
 
-# Candidates made and judged at a time; scans that wait to be written, at most.
-_AT_ONCE, _WAITING = {2: 32, 3: 8}, {2: 32, 3: 4}
+# Scans that wait to be written, at most.
+_WAITING = {2: 32, 3: 4}
 # So many copies, or rejected candidates of any kind, in a row mean that no more scans will come.
 _MOST_COPIES, _MOST_REJECTED = 20, {2: 320, 3: 80}
 
@@ -95,7 +96,7 @@ def generate(
                 continue
             key = (order.how, order.label)
             if key not in streams:
-                _learn_usual(order.how, ways[order.how], gates, _AT_ONCE[dims], wanted)
+                _learn_usual(order.how, ways[order.how], gates, AT_ONCE[dims], wanted)
                 streams[key] = _Stream(ways[order.how], order, gates, begun.get(key, 0), tally)
             made, facts = streams[key].accepted(watch)
             watch.kept(made, order.name)
@@ -172,7 +173,7 @@ class _Stream:
                 )
 
     def _judged(self, first: int) -> Iterator[tuple[int, Made, Verdict]]:
-        size = _AT_ONCE[self._dims]
+        size = AT_ONCE[self._dims]
         while True:
             # Blocks are aligned, whatever the first candidate is: models draw them as a whole.
             start, end = first, (first // size + 1) * size

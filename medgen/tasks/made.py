@@ -23,13 +23,13 @@ from medgen.models.base import Model, ModelConfig, class_indices
 from medgen.seeds import derived_seed
 from medgen.tasks.arms import Examples
 from medgen.tasks.conditions import conditions_for, drawn_cells, told_of
+from medgen.tasks.ways.sample import AT_ONCE
 from medgen.tasks.ways.sources import secret_of, source_name
 from medgen.training.fit import FitConfig, fit
 from medgen.training.pace import images_in
 
 # Scans of these classes, by a seed; fewer where there are not so many.
 Drawer = Callable[[Int[np.ndarray, " n"], int], Examples]
-_AT_ONCE = {2: 32, 3: 8}
 # What medgen wrote itself may be of three channels.
 _OWN = ReadOptions(colour=True)
 
@@ -66,7 +66,7 @@ def drawn_by(model: Model, real: Examples) -> Drawer:
 
     @torch.no_grad()
     def draw(labels: np.ndarray, seed: int) -> Examples:
-        config, size, found = model.config, _AT_ONCE[model.config.dims], []
+        config, size, found = model.config, AT_ONCE[model.config.dims], []
         for first in range(0, len(labels), size):
             # The last part is as large as the others, so that no scan depends on how many there are.
             numbers = np.arange(first, first + size)

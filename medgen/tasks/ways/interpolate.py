@@ -12,7 +12,7 @@ from torch import Tensor
 
 from medgen.data.labels import label_map
 from medgen.data.manifest import Row
-from medgen.errors import BundleError, ConfigError, DataError
+from medgen.errors import ConfigError, DataError
 from medgen.scan import Scan
 from medgen.tasks.walks import between
 from medgen.tasks.ways.base import Made, Material
@@ -73,7 +73,7 @@ class InterpolateWay:
     def _made(self, label: str, i: int, a: Read) -> Made:
         seed, coding = seed_of(self._material.seed, "interpolate", label, i), self._coding
         rng = np.random.default_rng(seed)
-        t, b = float(rng.uniform(*self._ends)), self._partner(label, a.row, rng)
+        t, b = float(rng.uniform(*self._ends)), self._sources.another(label, a.row, rng)
         told = [coding.told(read) for read in (a, b)]
         codes = [coding.encode(read, cond) for read, cond in zip((a, b), told, strict=True)]
         way = "spherical" if coding.is_noise(codes[0]) else "linear"
@@ -92,20 +92,6 @@ class InterpolateWay:
                 "weights_sha256": coding.bundle.weights_sha256,
             },
         )  # fmt: skip
-
-    def _partner(self, label: str, own: Row, rng: np.random.Generator) -> Read:
-        """Another patient's scan of the class.
-
-        Raises:
-            DataError: none can be used.
-        """
-        others = [row for row in self._rows[label] if row.patient != own.patient]
-        for n in rng.permutation(len(others)):
-            try:
-                return self._sources.get(others[n])
-            except (DataError, BundleError):
-                continue
-        raise DataError("no scan of another patient of its class can be used.")
 
     def _placed(self, values: Float[Tensor, "c *space"], a: Read, b: Read, t: float) -> tuple[Scan, Scan | None, str]:
         """Decoded values on the grid that both scans have, else on the bundle's own."""

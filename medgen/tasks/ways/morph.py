@@ -9,7 +9,7 @@ from jaxtyping import Float
 from medgen.data.manifest import Row
 from medgen.data.morph import displacement, landmarks, morphed
 from medgen.data.window import flat, prepared
-from medgen.errors import BundleError, ConfigError, DataError
+from medgen.errors import ConfigError, DataError
 from medgen.grid import Grid
 from medgen.tasks.ways.base import Made, Material
 from medgen.tasks.ways.sources import (
@@ -93,7 +93,10 @@ class MorphWay:
     def _made(self, label: str, i: int, a: _Ready) -> Made:
         seed = seed_of(self._material.seed, "morph", label, i)
         rng = np.random.default_rng(seed)
-        t, b = round(float(rng.uniform(*self._ends)), 4), self._partner(label, a, rng)
+        t, b = (
+            round(float(rng.uniform(*self._ends)), 4),
+            self._sources.another(label, a.source.row, rng, lambda one: one.image.shape == a.image.shape),
+        )
         maps = [one.labels_map for one in (b, a) if one.labels_map is not None]
         labels = sorted({int(one) for drawn in maps for one in np.unique(drawn) if one})
         known = [landmarks(one.image, one.labels_map if len(maps) == 2 else None, labels) for one in (b, a)]
@@ -105,22 +108,6 @@ class MorphWay:
             sources=(source_name(row, key), source_name(other, key)), patient=patient_name(row, key),
             parameters={"t": t, "other_patient": patient_name(other, key), "seed": seed},
         )  # fmt: skip
-
-    def _partner(self, label: str, own: _Ready, rng: np.random.Generator) -> _Ready:
-        """Another patient's scan of the class.
-
-        Raises:
-            DataError: none can be used.
-        """
-        others = [row for row in self._rows[label] if row.patient != own.source.row.patient]
-        for n in rng.permutation(len(others)):
-            try:
-                found = self._sources.get(others[n])
-            except (DataError, BundleError):
-                continue
-            if found.image.shape == own.image.shape:
-                return found
-        raise DataError("no scan of another patient of its class can be used.")
 
 
 __all__ = ["MorphWay"]

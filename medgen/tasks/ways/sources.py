@@ -192,6 +192,22 @@ class Sources(Generic[T]):
             self._held.popitem(last=False)
         return found
 
+    def another(self, label: str, own: Row, rng: np.random.Generator, fits: Callable[[T], bool] = lambda _: True) -> T:
+        """A scan of another patient of the class, in an order that `rng` decides.
+
+        Raises:
+            DataError: none can be used, or fits.
+        """
+        others = [row for row in self._rows[label] if row.patient != own.patient]
+        for n in rng.permutation(len(others)):
+            try:
+                found = self.get(others[n])
+            except (DataError, BundleError):
+                continue
+            if fits(found):
+                return found
+        raise DataError("no scan of another patient of its class can be used.")
+
     def _tell(self, row: Row, error: Exception) -> None:
         """Name a scan that cannot serve, once."""
         if row.case not in self._named:
